@@ -1,0 +1,89 @@
+"""The command group: names, one-line helps, lazy loading, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from lfm2cpp import __version__
+from lfm2cpp.errors import LFM2Error
+
+# command -> (module:function, one line of help). Modules load on use, so that --help imports nothing heavy.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("lfm2cpp.cli.demo:demo", "Convert, quantize, check and chat with the model that comes along."),
+    "convert": ("convert.cli:convert", "Hugging Face checkpoint -> GGUF."),
+    "quantize": ("quant.cli:quantize", "GGUF -> smaller GGUF."),
+    "run": ("lfm2cpp.cli.run:run", "Answer one prompt; stdout carries only the text."),
+    "chat": ("lfm2cpp.cli.chat:chat", "Talk to a model in the terminal."),
+    "parity": ("lfm2cpp.cli.parity:parity", "Compare with Hugging Face, layer by layer."),
+    "inspect": ("lfm2cpp.cli.inspect:inspect", "What is in a GGUF file, and what would be refused."),
+    "tokenize": ("lfm2cpp.cli.tokenize:tokenize", "Text -> token ids."),
+    "bench": ("lfm2cpp.cli.bench:bench", "Tokens per second, in llama-bench's terms."),
+    "doctor": ("lfm2cpp.cli.doctor:doctor", "CPU features, threads, kernel cache: for a bug report."),
+    "warmup": ("lfm2cpp.cli.warmup:warmup", "Compile the kernels a model needs, ahead of time."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are named in COMMANDS and imported when first asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name][0].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lfm2cpp")
+def lfm2cpp() -> None:
+    """Run Liquid AI's LFM2 and LFM2.5 models on this CPU."""
+
+
+def invoke(command: click.Command, prog_name: str) -> None:
+    """Run a click command; an LFM2Error becomes one line on stderr and its exit code."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    try:
+        code: Any = command.main(prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
+    except LFM2Error as error:
+        fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader left (head -1): nobody to tell, and the flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        fail(str(error), 1)
+    except MemoryError:
+        fail("out of memory; try a smaller --ctx-size or a smaller model", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, exit_code: int) -> None:
+    """One line on stderr, whatever the message holds, then exit."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(exit_code)
+
+
+def main() -> None:
+    invoke(lfm2cpp, "lfm2cpp")
