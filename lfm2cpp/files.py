@@ -1,0 +1,415 @@
+"""Files that are either the old one or the complete new one, never something between.
+
+Everything is written to `.NAME.RANDOM.partial` beside the target, synced, checked and then renamed over it. On any
+failure, Ctrl-C included, the partial file is removed and the target is untouched. A partial file is locked while its
+writer lives, so that a second writer to the same target is refused and what a killed one left is cleaned up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .errors import OutputError, UsageError
+from .terminal import format_size, note
+
+try:
+    import fcntl
+except ImportError:  # Windows: an open file cannot be deleted there, which serves as the lock
+    fcntl = None  # type: ignore[assignment]
+
+WRITE_CHUNK = 16 << 20  # keeps Ctrl-C prompt: Python looks at signals between system calls
+SPACE_MARGIN = 0.02
+MAX_NAME_BYTES = 255
+DIRECTORY_LOCK_SECONDS = 2.0
+SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
+# What a file system answers when it cannot do something at all, as opposed to failing at it.
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EBADF}
+
+_leftovers: set[Path] = set()
+
+
+@atexit.register
+def _remove_leftovers() -> None:
+    for path in list(_leftovers):
+        with suppress(OSError):
+            path.unlink()
+
+
+class OutputFile:
+    """A partial file on its way. `write` appends; `write_at` goes back to a place that `skip` left out."""
+
+    def __init__(self, target: Path, partial: Path) -> None:
+        self.target = target
+        self.partial = partial
+        self.fd = -1
+        self.nbytes = 0
+
+    def write(self, buffer: Any) -> None:
+        """Append all bytes of a contiguous buffer."""
+        view = memoryview(buffer).cast("B")
+        for start in range(0, len(view), WRITE_CHUNK):
+            self._write_all(view[start : start + WRITE_CHUNK])
+        self.nbytes += len(view)
+
+    def skip(self, n: int) -> None:
+        """Leave `n` bytes to be written later by `write_at`."""
+        self.nbytes += n
+        os.lseek(self.fd, self.nbytes, os.SEEK_SET)
+
+    def write_at(self, offset: int, buffer: Any) -> None:
+        """Fill in bytes that were skipped; the position for `write` stays."""
+        os.lseek(self.fd, offset, os.SEEK_SET)
+        self._write_all(memoryview(buffer).cast("B"))
+        os.lseek(self.fd, self.nbytes, os.SEEK_SET)
+
+    def _write_all(self, view: memoryview) -> None:
+        # os.write repeats itself after EINTR; a short write is for us to continue.
+        with _named_errors(self.target):
+            while view:
+                n = os.write(self.fd, view)
+                if n <= 0:
+                    raise OSError(errno.EIO, "nothing was written")
+                view = view[n:]
+
+
+@contextmanager
+def atomic_output(
+    path: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    force: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    check: Callable[[Path], None] | None = None,
+) -> Iterator[OutputFile]:
+    """Write a file in whole or not at all: `with atomic_output(path, size=n, force=False) as out: out.write(...)`.
+
+    `size` is the exact number of bytes to come, when known: space is then checked and reserved first, and the
+    count at the end. `inputs` are files that the output must not be. `check(partial)` may raise to refuse the result
+    after it is on the disk and before it gets its name.
+    Raises OutputError or UsageError with the reason; on any exception the partial file is gone and the target as before.
+    """
+    target = check_destination(path, size=size, force=force, inputs=inputs)
+    if target == Path(os.devnull):
+        with _to_devnull(target) as out:
+            yield out
+        return
+    out = OutputFile(target, target.with_name(f"{_partial_prefix(target)}{secrets.token_hex(8)}.partial"))
+    with _signals_raise():
+        try:
+            _create(out)
+            _reserve(out, size)
+            yield out
+            _commit(out, size=size, force=force, check=check)
+        finally:
+            with _signals_held():
+                _discard(out)
+
+
+@contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    """An OSError while writing becomes an OutputError that names the target."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "; free some space and run again",
+            errno.EFBIG: "; the file system or a limit (ulimit -f) does not allow so large a file",
+        }
+        hint = hints.get(error.errno or 0, "")
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}{hint}") from None
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let a termination signal unwind the stack, so that cleaning up happens, where it would just kill the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    fatal = [s for s in SIGNALS if signal.getsignal(s) == signal.SIG_DFL]
+    try:
+        for number in fatal:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep signals back for a few system calls that belong together, and deliver them afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handlers = {s: h for s in SIGNALS if callable(h := signal.getsignal(s))}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda n, frame: held.append(n))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
+def check_destination(
+    path: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    force: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Everything that can be known before the work: the resolved target, or OutputError / UsageError."""
+    if str(path) == "-":
+        raise UsageError("'-' is not supported as output: a model cannot be written to a pipe; name a file")
+    if not str(path) or "\0" in str(path):
+        raise UsageError(f"{str(path)!r} is not a file name")
+    target = _resolve(Path(path))
+    if target == Path(os.devnull):
+        return target
+    exists = os.path.exists(target)
+    if os.path.isdir(target) or str(path).endswith(("/", os.sep)):
+        raise OutputError(f"{path}: is a directory; name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path}: is not a regular file; name a file")
+    for source in inputs:
+        if exists and os.path.exists(source) and os.path.samefile(target, source):
+            raise UsageError(f"{path}: is the input itself; name another output file")
+    _check_parent(path, target.parent)
+    if exists and not force:
+        raise OutputError(f"{path}: exists already; use --force to replace it")
+    if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
+        raise OutputError(f"{path}: the name is longer than {MAX_NAME_BYTES} bytes")
+    if size is not None:
+        _check_space(target, size)
+    return target
+
+
+def _check_parent(path: str | os.PathLike[str], parent: Path) -> None:
+    if not os.path.isdir(parent):
+        problem = "is not a directory" if os.path.exists(parent) else "does not exist; create it first"
+        raise OutputError(f"{path}: {parent} {problem}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: the directory {parent} is not writable")
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path}: cannot be resolved: {error}") from None
+
+
+def _check_space(target: Path, size: int) -> None:
+    try:
+        free = shutil.disk_usage(target.parent).free
+    except OSError:
+        return  # some network file systems do not tell; writing will
+    need = int(size * (1 + SPACE_MARGIN))
+    if need > free:
+        raise OutputError(
+            f"{target}: needs {format_size(need)} of disk space, but only {format_size(free)} are free in {target.parent}"
+        )
+
+
+@contextmanager
+def _to_devnull(target: Path) -> Iterator[OutputFile]:
+    out = OutputFile(target, target)
+    out.fd = os.open(target, os.O_WRONLY)
+    try:
+        yield out
+    finally:
+        os.close(out.fd)
+
+
+# --- the partial file and its lock
+
+
+def _partial_prefix(target: Path) -> str:
+    """`.NAME.`, shortened so that the longest allowed NAME still leaves room for the rest."""
+    name = os.fsencode(target.name)[: MAX_NAME_BYTES - len("..0123456789abcdef.partial")]
+    return f".{os.fsdecode(name)}."
+
+
+def _create(out: OutputFile) -> None:
+    """Make and lock the partial file, after clearing away those of dead writers."""
+    with _named_errors(out.target), _directory_locked(out.target.parent), _signals_held():
+        for stale in _dead_partials(out.target):
+            note(f"removed {stale}, left by a writer that was killed")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        out.fd = os.open(out.partial, flags, 0o666)  # less the umask, as for any new file
+        _leftovers.add(out.partial)
+        _try_lock(out.fd)
+
+
+def _dead_partials(target: Path) -> list[Path]:
+    """Remove the partial files of dead writers and return their paths; a live one raises OutputError."""
+    removed = []
+    prefix = _partial_prefix(target)
+    for entry in sorted(os.listdir(target.parent)):
+        if not (entry.startswith(prefix) and re.fullmatch(r"[0-9a-f]+\.partial", entry[len(prefix) :])):
+            continue
+        path = target.with_name(entry)
+        if _is_alive(path):
+            raise OutputError(f"{target}: in use: another process is writing it now ({path.name}); wait for it")
+        with suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether a partial file still has its writer. Where nobody can tell, it counts as alive."""
+    if fcntl is None:
+        try:
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            return True
+        return False
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        return not stat.S_ISREG(os.fstat(fd).st_mode) or _try_lock(fd) is not True
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool | None:
+    """Lock an open file without waiting: True, False when another holds it, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def _directory_locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time look for partial files and add its own.
+
+    Best effort: a directory that somebody else keeps locked, or that cannot be locked, is used all the same.
+    """
+    fd = None
+    if fcntl is not None:
+        with suppress(OSError):
+            fd = os.open(directory, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + DIRECTORY_LOCK_SECONDS
+        while fd is not None and _try_lock(fd) is False and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _reserve(out: OutputFile, size: int | None) -> None:
+    """Claim the disk space now: a full disk shows in the first second, not after the work."""
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    with _named_errors(out.target):
+        try:
+            os.posix_fallocate(out.fd, 0, size)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+
+
+# --- giving the file its name
+
+
+def _commit(
+    out: OutputFile, *, size: int | None, force: bool, check: Callable[[Path], None] | None
+) -> None:
+    if size is not None and out.nbytes != size:
+        raise OutputError(f"{out.target}: {out.nbytes} bytes were written where {size} were planned; nothing was kept")
+    # The lock belongs to the open file, so a second descriptor keeps it while the first is closed, whose close may
+    # still report a failed write.
+    lock = os.dup(out.fd) if fcntl is not None else None
+    try:
+        with _named_errors(out.target):
+            os.fsync(out.fd)
+            fd, out.fd = out.fd, -1
+            os.close(fd)
+        if check is not None:
+            check(out.partial)
+        with _named_errors(out.target), _signals_held():
+            _rename(out.partial, out.target, force)
+            _leftovers.discard(out.partial)
+        _sync_directory(out.target)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _rename(partial: Path, target: Path, force: bool) -> None:
+    if not force and os.path.lexists(target):
+        raise OutputError(f"{target}: appeared while it was being written; use --force to replace it")
+    for attempt in range(4):
+        try:
+            os.replace(partial, target)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            if attempt == 3:
+                _leftovers.discard(partial)
+                raise OutputError(f"{target}: is open in another program; the complete new file is {partial}") from None
+            time.sleep(0.5)
+
+
+def _sync_directory(target: Path) -> None:
+    """Make the new name itself durable."""
+    if os.name == "nt":
+        return
+    try:
+        fd = os.open(target.parent, os.O_RDONLY)
+    except OSError:
+        return  # a directory may be writable and not readable
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise OutputError(f"{target}: is complete, but its directory cannot be synced: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def _discard(out: OutputFile) -> None:
+    """Close and remove what is left of a partial file; nothing, after a success."""
+    if out.fd >= 0:
+        with suppress(OSError):
+            os.close(out.fd)
+        out.fd = -1
+    if out.partial in _leftovers:
+        with suppress(OSError):
+            out.partial.unlink()
+        _leftovers.discard(out.partial)

@@ -1,0 +1,92 @@
+"""Stored blocks -> float32, in plain NumPy: what each type means, one small function a type.
+
+For reading, tests and parity; the runtime never unpacks a weight this way. Every product is rounded to float32 in
+the order in which ggml does it, so the values are the ones of llama.cpp and of `gguf.quants`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm2cpp.errors import ModelFormatError
+from lfm2cpp.ggml import QK_K, TRAITS, GGMLType
+
+F32 = NDArray[np.float32]
+
+
+def dequantize(data: NDArray[np.uint8], ggml_type: GGMLType, shape: tuple[int, ...]) -> F32:
+    """The bytes of whole blocks -> float32 array of `shape`. Raises ModelFormatError for a type not known here."""
+    if ggml_type not in _DEQUANTIZE:
+        known = " ".join(t.name for t in _DEQUANTIZE)
+        raise ModelFormatError(f"tensor type {ggml_type.name} cannot be unpacked; known are {known}")
+    blocks = np.frombuffer(data, TRAITS[ggml_type].dtype)
+    with np.errstate(all="ignore"):  # a file may hold NaN and Inf; they are values like any other here
+        return _DEQUANTIZE[ggml_type](blocks).reshape(shape)
+
+
+def dequantize_f32(x: NDArray) -> F32:
+    return x.astype(np.float32)
+
+
+def dequantize_f16(x: NDArray) -> F32:
+    return x.astype(np.float32)
+
+
+def dequantize_bf16(x: NDArray) -> F32:
+    """BF16 is the upper half of a float32."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def dequantize_q8_0(blocks: NDArray) -> F32:
+    """x = d * q, q in -128..127; 32 elements share d"""
+    return _scale(blocks["d"]) * blocks["qs"].astype(np.float32)
+
+
+def dequantize_q4_0(blocks: NDArray) -> F32:
+    """x = d * (q - 8), q in 0..15; 32 elements share d"""
+    return _scale(blocks["d"]) * (_nibbles(blocks["qs"]) - np.float32(8))
+
+
+def dequantize_q4_1(blocks: NDArray) -> F32:
+    """x = d * q + m, q in 0..15; 32 elements share d and m"""
+    return _scale(blocks["d"]) * _nibbles(blocks["qs"]) + _scale(blocks["m"])
+
+
+def dequantize_q6_K(blocks: NDArray) -> F32:
+    """x = (d * scale) * (q - 32), q in 0..63; 256 elements share d, 16 share a scale.
+
+    The 256 elements are two halves of four quarters of 32. Low bits: 64 bytes a half, whose low nibbles are
+    quarters 0 1 and whose high nibbles are quarters 2 3. High bits: 32 bytes a half, two bits for each quarter.
+    """
+    nb = len(blocks)
+    ql = blocks["ql"].reshape(nb, 2, 2, 32)
+    qh = blocks["qh"].reshape(nb, 2, 1, 32)
+    low = np.concatenate([ql & 0x0F, ql >> 4], axis=2)                         # (nb, 2, 4, 32)
+    high = qh >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3                 # (nb, 2, 4, 32)
+    q = (low | high << 4).astype(np.float32) - np.float32(32)
+    scale = _scale(blocks["d"]) * blocks["scales"].astype(np.float32)          # (nb, 16)
+    return scale[:, :, None] * q.reshape(nb, QK_K // 16, 16)
+
+
+def _scale(d: NDArray) -> F32:
+    """One factor per block (nb,) -> (nb, 1), to be multiplied with the block's elements."""
+    return d.astype(np.float32)[:, None]
+
+
+def _nibbles(qs: NDArray[np.uint8]) -> F32:
+    """(nb, 16) bytes -> (nb, 32): the low nibbles are elements 0..15, the high ones 16..31."""
+    return np.concatenate([qs & 0x0F, qs >> 4], axis=1).astype(np.float32)
+
+
+_DEQUANTIZE: dict[GGMLType, Callable[[NDArray], F32]] = {
+    GGMLType.F32: dequantize_f32,
+    GGMLType.F16: dequantize_f16,
+    GGMLType.BF16: dequantize_bf16,
+    GGMLType.Q8_0: dequantize_q8_0,
+    GGMLType.Q4_0: dequantize_q4_0,
+    GGMLType.Q4_1: dequantize_q4_1,
+    GGMLType.Q6_K: dequantize_q6_K,
+}
