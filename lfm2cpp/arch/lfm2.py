@@ -6,9 +6,11 @@ Authority: transformers' modular_lfm2.py for the architecture, llama.cpp for the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from .table import TensorSpec
+from .table import KeySpec, TensorSpec
 
 NAME = "lfm2"
 
@@ -47,6 +49,35 @@ class HParams:
     @property
     def conv_layers(self) -> tuple[int, ...]:
         return tuple(il for il in range(self.n_layer) if self.is_conv(il))
+
+
+# n_vocab has no row: it is the number of rows of token_embd. n_layer comes first: others are checked against it.
+KEYS = (
+    KeySpec("n_layer", "block_count", "UINT32", 1, 512),
+    KeySpec("n_ctx_train", "context_length", "UINT32", 1, 2**30),
+    KeySpec("n_embd", "embedding_length", "UINT32", 1, 2**20),
+    KeySpec("n_ff", "feed_forward_length", "UINT32", 1, 2**24),
+    KeySpec("n_head", "attention.head_count", "UINT32", 1, 2**16),
+    KeySpec("n_head_kv", "attention.head_count_kv", "ARRAY", 0, 2**16),
+    KeySpec("rope_freq_base", "rope.freq_base", "FLOAT32", 1e-3, 1e15),
+    KeySpec("norm_rms_eps", "attention.layer_norm_rms_epsilon", "FLOAT32", 1e-20, 1.0),
+    KeySpec("l_cache", "shortconv.l_cache", "UINT32", 2, 64),
+)
+
+# Keys of related models (sliding windows, encoders, other rotations) that change what has to be computed. A file may
+# carry them with a value that changes nothing: the function is given the HParams and the value.
+NEUTRAL_KEYS: dict[str, Callable[[HParams, Any], bool]] = {
+    "attention.causal": lambda hp, v: v is True,
+    "attention.sliding_window": lambda hp, v: v == 0,
+    "attention.key_length": lambda hp, v: v == hp.n_embd_head,
+    "attention.value_length": lambda hp, v: v == hp.n_embd_head,
+    "rope.dimension_count": lambda hp, v: v == hp.n_embd_head,
+    "rope.scaling.type": lambda hp, v: v == "none",
+    "rope.scaling.factor": lambda hp, v: v in (0.0, 1.0),
+    "rope.scale_linear": lambda hp, v: v in (0.0, 1.0),
+    "pooling_type": lambda hp, v: v == 0,
+    "expert_count": lambda hp, v: v == 0,
+}
 
 
 def _kv_width(hp: HParams, il: int) -> int:

@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class KeySpec:
+    """One hyper-parameter in the file: `ARCH.key`, its exact value type, and the closed range it must lie in."""
+
+    field: str  # of the architecture's HParams
+    key: str
+    type: str  # name of a ValueType; ARRAY means one INT32 per layer
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One row of an architecture's tensor table.
 
