@@ -13,17 +13,15 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .errors import OutputError, UsageError
+from .signals import signals_held, signals_raise
 from .terminal import format_size, note
 
 try:
@@ -35,7 +33,6 @@ WRITE_CHUNK = 16 << 20  # keeps Ctrl-C prompt: Python looks at signals between s
 SPACE_MARGIN = 0.02
 MAX_NAME_BYTES = 255
 DIRECTORY_LOCK_SECONDS = 2.0
-SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
 # What a file system answers when it cannot do something at all, as opposed to failing at it.
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EBADF}
 
@@ -108,14 +105,14 @@ def atomic_output(
             yield out
         return
     out = OutputFile(target, target.with_name(f"{_partial_prefix(target)}{secrets.token_hex(8)}.partial"))
-    with _signals_raise():
+    with signals_raise():
         try:
             _create(out)
             _reserve(out, size)
             yield out
             _commit(out, size=size, force=force, check=check)
         finally:
-            with _signals_held():
+            with signals_held():
                 _discard(out)
 
 
@@ -131,45 +128,6 @@ def _named_errors(target: Path) -> Iterator[None]:
         }
         hint = hints.get(error.errno or 0, "")
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}{hint}") from None
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let a termination signal unwind the stack, so that cleaning up happens, where it would just kill the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    fatal = [s for s in SIGNALS if signal.getsignal(s) == signal.SIG_DFL]
-    try:
-        for number in fatal:
-            signal.signal(number, leave)
-        yield
-    finally:
-        for number in fatal:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Keep signals back for a few system calls that belong together, and deliver them afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    handlers = {s: h for s in SIGNALS if callable(h := signal.getsignal(s))}
-    try:
-        for number in handlers:
-            signal.signal(number, lambda n, frame: held.append(n))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in held:
-            signal.raise_signal(number)
 
 
 def check_destination(
@@ -253,7 +211,7 @@ def _partial_prefix(target: Path) -> str:
 
 def _create(out: OutputFile) -> None:
     """Make and lock the partial file, after clearing away those of dead writers."""
-    with _named_errors(out.target), _directory_locked(out.target.parent), _signals_held():
+    with _named_errors(out.target), _directory_locked(out.target.parent), signals_held():
         for stale in _dead_partials(out.target):
             note(f"removed {stale}, left by a writer that was killed")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
@@ -361,7 +319,7 @@ def _commit(
             os.close(fd)
         if check is not None:
             check(out.partial)
-        with _named_errors(out.target), _signals_held():
+        with _named_errors(out.target), signals_held():
             _rename(out.partial, out.target, force)
             _leftovers.discard(out.partial)
         _sync_directory(out.target)

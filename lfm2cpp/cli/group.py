@@ -56,7 +56,7 @@ def invoke(command: click.Command, prog_name: str) -> None:
     """Run a click command; an LFM2Error becomes one line on stderr and its exit code."""
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays in force
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     try:
         code: Any = command.main(prog_name=prog_name, standalone_mode=False)

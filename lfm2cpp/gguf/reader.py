@@ -38,7 +38,7 @@ class GGUFFile:
     nothing looks into it any more.
     """
 
-    def __init__(self, paths: list[Path], headers: list[Header], maps: list[mmap.mmap]) -> None:
+    def __init__(self, paths: list[Path], headers: list[Header], maps: list[mmap.mmap], *, mapped: bool) -> None:
         first = headers[0]
         self.path = paths[0]
         self.paths = tuple(paths)
@@ -49,6 +49,7 @@ class GGUFFile:
         self.tensors: dict[str, TensorInfo] = {}
         self.warnings: list[str] = []
         self.nbytes = sum(len(m) for m in maps)
+        self._maps, self._mapped = maps, mapped
         self._buffers: list[U8] = [np.frombuffer(m, dtype=np.uint8) for m in maps]
         for i, header in enumerate(headers):
             self.warnings += header.warnings
@@ -68,6 +69,14 @@ class GGUFFile:
         """The memory address of a tensor's first byte; valid until `close`."""
         info = self.tensors[name]
         return self._buffer(info.file).ctypes.data + info.offset
+
+    def release(self, name: str) -> None:
+        """Let the system take back the memory of a tensor's pages; they are read again from the file when touched."""
+        info = self.tensors[name]
+        if not (self._mapped and hasattr(mmap, "MADV_DONTNEED")):
+            return
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
 
     @property
     def address(self) -> int:
@@ -99,7 +108,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Let go of the maps. Calling it twice is fine."""
-        self._buffers = []
+        self._buffers, self._maps, self._mapped = [], [], False
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -128,7 +137,7 @@ def read_gguf(path: str | os.PathLike[str], *, use_mmap: bool = True) -> GGUFFil
         headers.append(header)
         maps.append(memory)
     _check_split_total(path, headers)
-    return GGUFFile(paths, headers, maps)
+    return GGUFFile(paths, headers, maps, mapped=use_mmap)
 
 
 def read_one(path: Path, *, use_mmap: bool = True) -> tuple[Header, mmap.mmap]:
