@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lfm2cpp.ggml import TRAITS, GGMLType
 
@@ -79,6 +80,16 @@ def find_non_finite(gguf: GGUFFile, *, progress: Callable[[int], None] | None = 
             yield found
 
 
+def non_finite_blocks(blocks: NDArray[np.uint8], ggml_type: GGMLType) -> NDArray[np.intp]:
+    """Of blocks (n, type_size): the indices of those with NaN or Inf, ascending, once for each such float."""
+    found = []
+    for at, (dtype, exponent) in FLOATS.get(ggml_type, ()):
+        width = np.dtype(dtype).itemsize
+        bits = np.ascontiguousarray(blocks[:, at : at + width]).view(dtype)[:, 0]
+        found.append(np.flatnonzero((bits & bits.dtype.type(exponent)) == exponent))
+    return np.sort(np.concatenate(found)) if found else np.empty(0, np.intp)
+
+
 def _scan(gguf: GGUFFile, info: TensorInfo, progress: Callable[[int], None] | None) -> NonFinite | None:
     traits = TRAITS[info.ggml_type]
     blocks = gguf.data(info.name).reshape(-1, traits.type_size)
@@ -88,14 +99,10 @@ def _scan(gguf: GGUFFile, info: TensorInfo, progress: Callable[[int], None] | No
     count = 0
     for start in range(0, len(blocks), step):
         chunk = blocks[start : start + step]
-        for at, (dtype, exponent) in FLOATS.get(info.ggml_type, ()):
-            width = np.dtype(dtype).itemsize
-            bits = np.ascontiguousarray(chunk[:, at : at + width]).view(dtype)[:, 0]
-            bad = np.flatnonzero((bits & bits.dtype.type(exponent)) == exponent)
-            if len(bad):
-                block = start + int(bad[0])
-                first = block if first is None else min(first, block)
-                count += len(bad)
+        bad = non_finite_blocks(chunk, info.ggml_type)
+        if len(bad):
+            first = start + int(bad[0]) if first is None else first
+            count += len(bad)
         gguf.release(info.name)
         if progress is not None:
             progress(chunk.nbytes)

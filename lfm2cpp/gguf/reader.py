@@ -70,13 +70,17 @@ class GGUFFile:
         info = self.tensors[name]
         return self._buffer(info.file).ctypes.data + info.offset
 
-    def release(self, name: str) -> None:
-        """Let the system take back the memory of a tensor's pages; they are read again from the file when touched."""
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Let the system take back the memory of a tensor's pages; they are read again from the file when touched.
+
+        `start` and `stop` are byte positions in the tensor.
+        """
         info = self.tensors[name]
         if not (self._mapped and hasattr(mmap, "MADV_DONTNEED")):
             return
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+        first = (info.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = info.offset + (info.nbytes if stop is None else stop)
+        self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, end - first)
 
     @property
     def address(self) -> int:
