@@ -1,0 +1,85 @@
+"""Compile one kernel to an object file through Numba. Imported only when the cache does not hold it.
+
+A kernel is a plain function marked with @kernel. Its parameters are int64 (addresses and sizes) read from an argument
+row in order; `work`, `ith` and `nth` come from the caller: the address of the op's own work counter, which starts at
+zero, the thread's index and the number of threads. Float parameters are passed as the bits of a float32 in the low
+half of an int64 and annotated F32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba import types
+from numba.core import compiler, cpu
+from numba.core.registry import cpu_target
+
+from .library import Compiled
+from .scalar import f32_of_bits, load_i64
+
+F32 = numba.float32  # annotation of a float parameter
+FROM_CALLER = ("work", "ith", "nth")
+
+# No fastmath: sums keep the order they are written in, at every level and on every machine.
+# LLVM may not fuse a*b+c by itself either; a kernel that wants a fused operation says fma.
+device = numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True)
+"""For the helpers of kernels: compiled into their callers."""
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Mark a function as a kernel that plans, or Python, can call by "module:function"."""
+    function.is_kernel = True  # type: ignore[attr-defined]
+    return function
+
+
+def kernel_params(function: Callable[..., None]) -> tuple[str, ...]:
+    """The parameters that an argument row carries, in its order."""
+    return tuple(name for name in inspect.signature(function).parameters if name not in FROM_CALLER)
+
+
+def _entry(function: Callable[..., None]) -> Callable[[int, int, int, int], None]:
+    """entry(args, work, ith, nth) that reads the argument row and calls the kernel's body, inlined."""
+    lines, row = [], 0
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in FROM_CALLER:
+            lines.append(name)
+            continue
+        value = f"load_i64(args + {8 * row})"
+        lines.append(f"f32_of_bits({value})" if parameter.annotation in (F32, "F32") else value)
+        row += 1
+    source = f"def entry(args, work, ith, nth):\n    body({', '.join(lines)})\n"
+    scope: dict[str, Any] = {"body": device(function), "load_i64": load_i64, "f32_of_bits": f32_of_bits}
+    exec(source, scope)  # noqa: S102 - the text above, nothing of a user's
+    return scope["entry"]
+
+
+def compile_kernel(name: str) -> Compiled:
+    """Compile "module:function"; returns its object code, its symbol and its parameters."""
+    module_name, function_name = name.split(":")
+    function = getattr(importlib.import_module(module_name), function_name)
+    assert function.is_kernel, name
+    flags = compiler.Flags()
+    flags.no_cpython_wrapper = True
+    flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    flags.nrt = False
+    entry = _entry(function)
+    entry.__name__ = entry.__qualname__ = "lfm2_" + re.sub(r"\W", "_", name)
+    result = compiler.compile_extra(
+        cpu_target.typing_context,
+        cpu_target.target_context,
+        entry,
+        (types.int64,) * 4,
+        types.void,
+        flags,
+        {},
+    )
+    assert isinstance(result.target_context, cpu.CPUContext)
+    return Compiled(
+        result.fndesc.mangled_name, kernel_params(function), bytes(result.library._get_compiled_object())
+    )

@@ -1,0 +1,77 @@
+"""Sums of four byte products into each int32 lane: the one word that every instruction set spells differently.
+
+    dot_u7(acc, u, a)   acc + sum of 4 u * a           u in 0..127, a int8
+    dot_i8(acc, w, a)   acc + sum of 4 w * a + I8_BIAS * sum of 4 a      w, a int8
+
+AVX-512 VNNI and AVX-VNNI multiply unsigned by signed bytes, so a signed weight goes in with its top bit flipped and
+the caller takes I8_BIAS times the activations' sum off again; elsewhere I8_BIAS is 0. Every product is exact.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .scalar import I16
+from .simd import _I8, _I32, LEVEL, W, bytes_, i32
+from .vector import call_llvm, constant, shuffle, vector_op
+
+_VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
+_NEON = LEVEL.name.startswith("neon")
+I8_BIAS = 128 if _VNNI else 0
+
+
+def _vpdpbusd(builder, acc, u, a):
+    # Operands as i32 lanes: old LLVMs take this form natively, newer ones upgrade it.
+    name = f"llvm.x86.avx512.vpdpbusd.{LEVEL.bits}"
+    return call_llvm(builder, name, _I32, acc, builder.bitcast(u, _I32), builder.bitcast(a, _I32))
+
+
+def _maddubs(builder, acc, u, a):
+    pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * W), u, a)
+    ones = constant(ir.VectorType(I16, 2 * W), 1)
+    return builder.add(acc, call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _I32, pairs, ones))
+
+
+def _sdot(builder, acc, w, a):
+    return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", _I32, acc, w, a)
+
+
+def _widened(builder, acc, w, a):
+    wide = ir.VectorType(I16, 4 * W)
+    products = builder.mul(builder.sext(w, wide), builder.sext(a, wide))
+    products = builder.sext(products, ir.VectorType(ir.IntType(32), 4 * W))
+    for i in range(4):
+        acc = builder.add(acc, shuffle(builder, products, products, list(range(i, 4 * W, 4))))
+    return acc
+
+
+def dot_u7_value(builder, acc, u, a):
+    if _VNNI:
+        return _vpdpbusd(builder, acc, u, a)
+    if LEVEL.name == "avx2":
+        return _maddubs(builder, acc, u, a)
+    return (_sdot if _NEON else _widened)(builder, acc, u, a)
+
+
+def dot_i8_value(builder, acc, w, a):
+    if _VNNI:
+        return _vpdpbusd(builder, acc, builder.xor(w, constant(_I8, 128)), a)
+    if LEVEL.name == "avx2":
+        # |w| * (a with w's sign): products stay in a signed 16-bit pair sum as long as |a| <= 127.
+        size = call_llvm(builder, f"llvm.abs.v{4 * W}i8", _I8, w, ir.Constant(ir.IntType(1), 0))
+        minus = builder.sub(constant(_I8, 0), a)
+        signed = builder.select(builder.icmp_signed("<", w, constant(_I8, 0)), minus, a)
+        return _maddubs(builder, acc, size, signed)
+    return (_sdot if _NEON else _widened)(builder, acc, w, a)
+
+
+@vector_op(i32, i32, bytes_, bytes_)
+def dot_u7(builder, acc, u, a):
+    """acc + sum of 4 u * a within each lane; u in 0..127"""
+    return dot_u7_value(builder, acc, u, a)
+
+
+@vector_op(i32, i32, bytes_, bytes_)
+def dot_i8(builder, acc, w, a):
+    """acc + sum of 4 w * a + I8_BIAS * sum of 4 a within each lane"""
+    return dot_i8_value(builder, acc, w, a)

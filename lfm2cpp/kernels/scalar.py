@@ -1,0 +1,156 @@
+"""Loads, stores and atomics on addresses. An address is an int64; nothing is checked.
+
+Numba has arrays, but a kernel works on a mapped file, an arena and pages, whose addresses a plan records.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, ir.PointerType(pointee))
+
+
+def _loader(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: str) -> Any:
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            value = builder.load(pointer(builder, args[0], pointee), align=1)
+            return getattr(builder, convert)(value, context.get_value_type(numba_type)) if convert else value
+
+        return numba_type(types.int64), codegen
+
+    load.__doc__ = doc
+    return intrinsic(load)
+
+
+def _storer(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: str) -> Any:
+    def store(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            value = getattr(builder, convert)(args[1], pointee) if convert else args[1]
+            builder.store(value, pointer(builder, args[0], pointee), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, numba_type), codegen
+
+    store.__doc__ = doc
+    return intrinsic(store)
+
+
+load_i64 = _loader(I64, types.int64, None, "int64 at address")
+load_i32 = _loader(I32, types.int64, "sext", "int32 at address, as int64")
+load_u16 = _loader(I16, types.int64, "zext", "uint16 at address, as int64")
+load_u8 = _loader(I8, types.int64, "zext", "uint8 at address, as int64")
+load_i8 = _loader(I8, types.int64, "sext", "int8 at address, as int64")
+load_f32 = _loader(FLOAT, types.float32, None, "float32 at address")
+load_f16 = _loader(HALF, types.float32, "fpext", "float16 at address, as float32")
+store_i64 = _storer(I64, types.int64, None, "int64 to address")
+store_i32 = _storer(I32, types.int64, "trunc", "int64 to an int32 at address")
+store_i16 = _storer(I16, types.int64, "trunc", "int64 to an int16 at address")
+store_i8 = _storer(I8, types.int64, "trunc", "int64 to an int8 at address")
+store_f32 = _storer(FLOAT, types.float32, None, "float32 to address")
+store_f16 = _storer(HALF, types.float32, "fptrunc", "float32 to a float16 at address, to nearest even")
+
+
+@intrinsic
+def f32_of_bits(typingctx: Any, bits: Any) -> Any:
+    """The float32 whose bits are the low half of an int64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(builder.trunc(args[0], I32), FLOAT)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def fma_f32(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c in float32 with one rounding."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        function_type = ir.FunctionType(FLOAT, [FLOAT] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.fma.f32"), args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at address; returns what it was before. Orders everything around it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_swap(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store value; returns what the int64 at address was before."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("xchg", pointer(builder, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_and_swap(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Store value where the int64 at address is `expected`; returns whether it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        where = pointer(builder, args[0], I64)
+        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typingctx: Any, address: Any) -> Any:
+    """int64 at address; nothing after it is read before it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(pointer(builder, args[0], I64), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
+    """int64 to address; everything before it is written before it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.store_atomic(args[1], pointer(builder, args[0], I64), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def call_kernel(typingctx: Any, function: Any, no_result: Any, args: Any, work: Any, ith: Any, nth: Any) -> Any:
+    """Call the kernel at an address with library.ENTRY_TYPE's convention."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        entry = pointer(builder, values[0], ir.FunctionType(I32, [I64] * 6))
+        builder.call(entry, [values[1], values[1], *values[2:]])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def call_address(typingctx: Any, function: Any, a: Any, b: Any) -> Any:
+    """Call a C function at an address with two int64 arguments; its result is ignored."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        builder.call(pointer(builder, values[0], ir.FunctionType(I64, [I64] * 2)), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

@@ -1,0 +1,156 @@
+"""Register tiles: the sums of 2 W rows by a few tokens, held in registers while a panel streams by.
+
+A tile is a tuple of vectors, row halves first: value [half][token]. Its words are outer products, written out flat in
+LLVM IR: 2 loads of weights and one broadcast a token feed 2 * n_tokens multiply-adds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .dot import dot_i8_value, dot_u7_value
+from .scalar import FLOAT, I32, I64
+from .simd import _F32, _I8, _I32, LEVEL, W, _load, _store, f32, i32
+from .vector import call_llvm, splat, vector_op
+
+int64 = types.int64
+VECTOR = 4 * W  # bytes of a vector
+
+# Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
+TILE_TOKENS = 6 if LEVEL.bits in (128, 512) and LEVEL.name != "generic" else 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The words of a tile of one width. `stride` is the bytes between two tokens' rows."""
+
+    n_tokens: int
+    zero: Any  # () -> float tile of zeros
+    zero_int: Any  # () -> integer tile of zeros
+    start: Any  # (z, stride) -> integer tile, each token's int32 at z + t * stride
+    dot_u7: Any  # (acc, panel, a, stride) -> acc + 32 columns of unsigned weights, int8 activations
+    dot_i8: Any  # the same for signed weights
+    dot_u7_half: Any  # (acc, panel, a, stride) -> acc + 16 columns
+    scale: Any  # (f, acc, scales, d, stride) -> f + acc * (scales * d[t])
+    add_product: Any  # (f, values, ds, stride) -> f + values * ds[t]
+    combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
+    scale_float: Any  # (f, sums, scales, d, stride) -> f + sums * (scales * d[t])
+    fma: Any  # (f, panel, x, stride) -> f + weights * x[t], float32 panels
+    add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
+
+
+def _vec_load(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.Type) -> ir.Value:
+    return _load(builder, builder.add(address, ir.Constant(I64, offset)), vector)
+
+
+def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -> ir.Value:
+    return builder.add(base, builder.mul(stride, ir.Constant(I64, t)))
+
+
+def make_tile(n_tokens: int) -> Tile:  # noqa: C901 - one list of small words
+    """The words for tiles of 2 W rows by `n_tokens`."""
+    count = 2 * n_tokens
+    floats, ints = types.UniTuple(f32, count), types.UniTuple(i32, count)
+
+    def unpack(builder: ir.IRBuilder, tile: ir.Value) -> list[ir.Value]:
+        return [builder.extract_value(tile, i) for i in range(count)]
+
+    def pack(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+        tile = ir.Constant(ir.ArrayType(values[0].type, count), ir.Undefined)
+        for i, value in enumerate(values):
+            tile = builder.insert_value(tile, value, i)
+        return tile
+
+    def halves(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type) -> list[ir.Value]:
+        return [_vec_load(builder, address, half * VECTOR, vector) for half in range(2)]
+
+    def broadcast(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, element: ir.Type) -> list[ir.Value]:
+        tokens = [_load(builder, _at_token(builder, base, stride, t), element) for t in range(n_tokens)]
+        return [splat(builder, token, W) for token in tokens]
+
+    def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        return call_llvm(builder, f"llvm.fma.v{W}f32", _F32, a, b, c)
+
+    def outer(builder: ir.IRBuilder, acc: ir.Value, rows: Any, tokens: Any, combine: Any) -> ir.Value:
+        values = unpack(builder, acc)
+        for half in range(2):
+            for t in range(n_tokens):
+                i = half * n_tokens + t
+                values[i] = combine(values[i], rows[half], tokens[t])
+        return pack(builder, values)
+
+    @vector_op(floats, int64)
+    def zero(builder, _):
+        return pack(builder, [ir.Constant(_F32, None)] * count)
+
+    @vector_op(ints, int64)
+    def zero_int(builder, _):
+        return pack(builder, [ir.Constant(_I32, None)] * count)
+
+    @vector_op(ints, int64, int64)
+    def start(builder, z, stride):
+        return pack(builder, broadcast(builder, z, stride, I32) * 2)
+
+    def dots(n_steps: int, dot: Any) -> Any:
+        @vector_op(ints, ints, int64, int64, int64)
+        def steps(builder, acc, panel, a, stride):
+            for step in range(n_steps):
+                # Columns 0..15 lie in the low vector of the activation's pair, 16..31 one vector further.
+                offset = 4 * (step % 4) + VECTOR * (step // 4)
+                rows = halves(builder, builder.add(panel, ir.Constant(I64, step * 2 * VECTOR)), _I8)
+                tokens = broadcast(builder, builder.add(a, ir.Constant(I64, offset)), stride, I32)
+                tokens = [builder.bitcast(token, _I8) for token in tokens]
+                acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
+            return acc
+
+        return steps
+
+    def scaled(builder: ir.IRBuilder, f: ir.Value, sums: list[ir.Value], scales: Any, d: Any, stride: Any) -> ir.Value:
+        rows = halves(builder, scales, _F32)
+        tokens = broadcast(builder, d, stride, FLOAT)
+        numbers = iter(sums)
+        return outer(builder, f, rows, tokens,
+                     lambda s, w, x: multiply_add(builder, next(numbers), builder.fmul(w, x), s))  # fmt: skip
+
+    @vector_op(floats, floats, ints, int64, int64, int64)
+    def scale(builder, f, acc, scales, d, stride):
+        sums = [builder.sitofp(value, _F32) for value in unpack(builder, acc)]
+        return scaled(builder, f, sums, scales, d, stride)
+
+    @vector_op(floats, floats, floats, int64, int64, int64)
+    def scale_float(builder, f, sums, scales, d, stride):
+        return scaled(builder, f, unpack(builder, sums), scales, d, stride)
+
+    @vector_op(floats, floats, int64, int64, int64)
+    def add_product(builder, f, values, ds, stride):
+        rows, tokens = halves(builder, values, _F32), broadcast(builder, ds, stride, FLOAT)
+        return outer(builder, f, rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+
+    @vector_op(floats, ints, int64, ints, int64)
+    def combine(builder, low, low_factors, high, high_factors):
+        low_rows, high_rows = halves(builder, low_factors, _F32), halves(builder, high_factors, _F32)
+        values = []
+        for i, (a, b) in enumerate(zip(unpack(builder, low), unpack(builder, high), strict=True)):
+            half = i // n_tokens
+            product = builder.fmul(builder.sitofp(b, _F32), high_rows[half])
+            values.append(multiply_add(builder, builder.sitofp(a, _F32), low_rows[half], product))
+        return pack(builder, values)
+
+    @vector_op(types.void, int64, floats)
+    def add_to(builder, totals, f):
+        for i, value in enumerate(unpack(builder, f)):
+            half, t = divmod(i, n_tokens)
+            where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
+            _store(builder, where, builder.fadd(_load(builder, where, _F32), value))
+
+    return Tile(
+        n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_i8_value), dots(4, dot_u7_value),
+        scale, add_product, combine, scale_float, add_product, add_to,
+    )  # fmt: skip
+
+
+assert _I32.count == W

@@ -1,0 +1,15 @@
+"""One module a weight type. For a block type a module says
+
+    BLOCK, BLOCK_BYTES         elements and bytes of a block in the file
+    PANEL_BLOCK                bytes of one unpacked block of 32 columns of PANEL_ROWS rows
+    row_group(row, g)          address of group g (W blocks of 32 columns) of the row at `row`
+    dot_group(acc, w, act, n_groups, g)
+                               acc + the products of the group at w with group g of an activation row, lane = block
+    unpack_block(w, row_bytes, b, panel)
+                               block b (32 columns) of PANEL_ROWS rows, interleaved for the tile
+    finish_block(tile, f, acc, panel, act, n_groups, b, stride)
+                               f + scaled integer sums of a tile; the same float operations as dot_group's
+    dequantize_block(w, out)   BLOCK float32
+
+and a scalar type only load(address) -> W float32 and SIZE. mul_mat.py and get_rows.py do the rest.
+"""

@@ -1,0 +1,146 @@
+"""Q6_K: 256 elements of 6 bits; 16 int8 scales and one float16; x = d * scale * (q - 32).
+
+A block holds two halves of 128 elements. In half h, element 32 * quarter + l (l < 32) has its low four bits in nibble
+quarter // 2 of ql[64 h + 32 (quarter % 2) + l] and its high two in bits 2 * quarter of qh[32 h + l]. A block of 32
+columns is thus one quarter: two runs of 16, each with a scale of its own, and their sum is an exact integer.
+"""
+
+from __future__ import annotations
+
+from lfm2cpp.kernels.compiler import device
+from lfm2cpp.kernels.dot import dot_u7
+from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
+from lfm2cpp.kernels.simd import (
+    W,
+    fma,
+    gather_i8,
+    gather_f16,
+    gather_pieces,
+    gather_pieces_2,
+    high_nibbles,
+    load_bytes,
+    load_f32,
+    load_i32,
+    low_nibbles,
+    repeat_f16,
+    splat_i32,
+    splat_u8,
+    store_bytes,
+    sum_pieces,
+    to_f32,
+    transpose_4,
+)
+from lfm2cpp.kernels.simd import store_f32 as store_vector
+from lfm2cpp.kernels.widths import ACT_D, ACT_Z32_HIGH, ACT_Z32_LOW
+
+BLOCK, BLOCK_BYTES = 256, 210
+PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
+QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
+LOW_SCALES, HIGH_SCALES, PANEL_D = 64 * W, 72 * W, 80 * W  # offsets in a panel block
+
+
+@device
+def row_group(row, g):
+    """For W = 4 a group is half a block; its address is the block's, offset as ql's half is."""
+    return row + (g * W // 8) * BLOCK_BYTES
+
+
+@device
+def _bits(ql, qh, quarter):
+    """The 6-bit integers of one quarter from its bytes; quarter is 0..3."""
+    low = low_nibbles(ql) if quarter < 2 else high_nibbles(ql)
+    return low | (((qh >> (2 * quarter)) & splat_u8(3)) << 4)
+
+
+@device
+def dot_group(acc, w, act, n_groups, g):
+    half = (g * W // 4) % 2  # 1 only for W = 4, the second half of a block
+    ql, qh, scales = w + 64 * half, w + QH + 32 * half, w + SCALES + 8 * half
+    a = act + g * (32 * W)
+    h0 = gather_pieces_2(qh, 32, BLOCK_BYTES)
+    h1 = gather_pieces_2(qh + 16, 32, BLOCK_BYTES)
+    l0 = gather_pieces_2(ql, 64, BLOCK_BYTES)
+    l1 = gather_pieces_2(ql + 16, 64, BLOCK_BYTES)
+    l2 = gather_pieces_2(ql + 32, 64, BLOCK_BYTES)
+    l3 = gather_pieces_2(ql + 48, 64, BLOCK_BYTES)
+    zero = splat_i32(0)
+    low = sum_pieces(
+        dot_u7(zero, _bits(l0, h0, 0), load_bytes(a)),
+        dot_u7(zero, _bits(l2, h0, 1), load_bytes(a + 8 * W)),
+        dot_u7(zero, _bits(l0, h0, 2), load_bytes(a + 16 * W)),
+        dot_u7(zero, _bits(l2, h0, 3), load_bytes(a + 24 * W)),
+    )
+    high = sum_pieces(
+        dot_u7(zero, _bits(l1, h1, 0), load_bytes(a + 4 * W)),
+        dot_u7(zero, _bits(l3, h1, 1), load_bytes(a + 12 * W)),
+        dot_u7(zero, _bits(l1, h1, 2), load_bytes(a + 20 * W)),
+        dot_u7(zero, _bits(l3, h1, 3), load_bytes(a + 28 * W)),
+    )
+    tables = act + g * (4 * W)
+    low = low + load_i32(tables + n_groups * ACT_Z32_LOW)
+    high = high + load_i32(tables + n_groups * ACT_Z32_HIGH)
+    sums = low * gather_i8(scales, 2, BLOCK_BYTES) + high * gather_i8(scales + 1, 2, BLOCK_BYTES)
+    scale = repeat_f16(w + D, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
+    return fma(to_f32(sums), scale, acc)
+
+
+@device
+def _unpack_16(rows, row_bytes, ql, qh, quarter, out):
+    """16 columns of W rows: ql and qh are offsets of their bytes in the block."""
+    lows = transpose_4(
+        gather_pieces(rows + ql, 4 * row_bytes),
+        gather_pieces(rows + ql + row_bytes, 4 * row_bytes),
+        gather_pieces(rows + ql + 2 * row_bytes, 4 * row_bytes),
+        gather_pieces(rows + ql + 3 * row_bytes, 4 * row_bytes),
+    )
+    highs = transpose_4(
+        gather_pieces(rows + qh, 4 * row_bytes),
+        gather_pieces(rows + qh + row_bytes, 4 * row_bytes),
+        gather_pieces(rows + qh + 2 * row_bytes, 4 * row_bytes),
+        gather_pieces(rows + qh + 3 * row_bytes, 4 * row_bytes),
+    )
+    for j in range(4):
+        store_bytes(out + j * (8 * W), _bits(lows[j], highs[j], quarter))
+
+
+@device
+def unpack_block(w, row_bytes, b, panel):
+    block = w + (b // 8) * BLOCK_BYTES
+    half, quarter = (b // 4) % 2, b % 4
+    ql, qh = 64 * half + 32 * (quarter % 2), QH + 32 * half
+    for side in range(2):
+        rows = block + side * W * row_bytes
+        out = panel + side * (4 * W)
+        _unpack_16(rows, row_bytes, ql, qh, quarter, out)
+        _unpack_16(rows, row_bytes, ql + 16, qh + 16, quarter, out + 32 * W)
+        scales = rows + SCALES + 2 * (b % 8)
+        store_vector(out + LOW_SCALES, to_f32(gather_i8(scales, row_bytes, 8 * row_bytes)))
+        store_vector(out + HIGH_SCALES, to_f32(gather_i8(scales + 1, row_bytes, 8 * row_bytes)))
+        store_vector(out + PANEL_D, gather_f16(rows + D, row_bytes))
+
+
+def finish_block(tile):
+    start, dot, combine, scale = tile.start, tile.dot_u7_half, tile.combine, tile.scale_float
+
+    @device
+    def finish(f, panel, a, tables, n_groups, stride):
+        low = dot(start(tables + n_groups * ACT_Z32_LOW, stride), panel, a, stride)
+        high = dot(start(tables + n_groups * ACT_Z32_HIGH, stride), panel + 32 * W, a + 4 * W, stride)
+        sums = combine(low, panel + LOW_SCALES, high, panel + HIGH_SCALES)  # exact: below 2**24
+        return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D, stride)
+
+    return finish
+
+
+@device
+def dequantize_block(w, out):
+    d = load_f16(w + D)
+    for half in range(2):
+        for quarter in range(4):
+            for i in range(32):
+                bits = load_u8(w + 64 * half + 32 * (quarter % 2) + i) >> (4 * (quarter // 2))
+                high = load_u8(w + QH + 32 * half + i) >> (2 * quarter)
+                q = (bits & 15) | ((high & 3) << 4)
+                element = 128 * half + 32 * quarter + i
+                scale = d * load_i8(w + SCALES + element // 16)
+                store_f32(out + 4 * element, scale * (q - 32))

@@ -1,0 +1,88 @@
+"""Q8_0: 32 elements of 8 bits and a float16 scale; x = d * q."""
+
+from __future__ import annotations
+
+from lfm2cpp.kernels.compiler import device
+from lfm2cpp.kernels.dot import dot_i8
+from lfm2cpp.kernels.scalar import load_f16, load_i8, store_f32
+from lfm2cpp.kernels.simd import (
+    W,
+    fma,
+    gather_f16,
+    gather_pieces,
+    load_bytes,
+    load_f32,
+    load_i32,
+    splat_i32,
+    store_bytes,
+    sum_pieces,
+    to_f32,
+    transpose_4,
+)
+from lfm2cpp.kernels.simd import store_f32 as store_vector
+from lfm2cpp.kernels.widths import ACT_D, ACT_Z128
+
+BLOCK, BLOCK_BYTES = 32, 34
+PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
+QS = 2  # offset of the integers in a block
+
+
+@device
+def row_group(row, g):
+    return row + g * (W * BLOCK_BYTES)
+
+
+@device
+def _dot_pair(w, a):
+    """The four partial sums of each piece's block; w is where the first piece's integers start."""
+    acc = dot_i8(splat_i32(0), gather_pieces(w, 4 * BLOCK_BYTES), load_bytes(a))
+    return dot_i8(acc, gather_pieces(w + 16, 4 * BLOCK_BYTES), load_bytes(a + 4 * W))
+
+
+@device
+def dot_group(acc, w, act, n_groups, g):
+    a = act + g * (32 * W)
+    s0 = _dot_pair(w + QS, a)
+    s1 = _dot_pair(w + QS + BLOCK_BYTES, a + 8 * W)
+    s2 = _dot_pair(w + QS + 2 * BLOCK_BYTES, a + 16 * W)
+    s3 = _dot_pair(w + QS + 3 * BLOCK_BYTES, a + 24 * W)
+    tables = act + g * (4 * W)
+    sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z128)
+    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
+    return fma(to_f32(sums), scale, acc)
+
+
+@device
+def unpack_block(w, row_bytes, b, panel):
+    for half in range(2):
+        rows = w + b * BLOCK_BYTES + half * W * row_bytes
+        out = panel + half * (4 * W)
+        for part in range(2):
+            pieces = rows + QS + 16 * part
+            q = transpose_4(
+                gather_pieces(pieces, 4 * row_bytes),
+                gather_pieces(pieces + row_bytes, 4 * row_bytes),
+                gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes),
+                gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes),
+            )
+            for j in range(4):
+                store_bytes(out + (4 * part + j) * (8 * W), q[j])
+        store_vector(out + 64 * W, gather_f16(rows, row_bytes))
+
+
+def finish_block(tile):
+    start, dot, scale = tile.start, tile.dot_i8, tile.scale
+
+    @device
+    def finish(f, panel, a, tables, n_groups, stride):
+        acc = dot(start(tables + n_groups * ACT_Z128, stride), panel, a, stride)
+        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D, stride)
+
+    return finish
+
+
+@device
+def dequantize_block(w, out):
+    d = load_f16(w)
+    for i in range(32):
+        store_f32(out + 4 * i, d * load_i8(w + QS + i))
