@@ -1,0 +1,150 @@
+"""float32 rows -> the bytes of any type that can be written, and stored rows -> float32.
+
+The block types' encoders are kernels (legacy.py, k_quants.py), loaded when first needed; F32, F16 and BF16 are NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lfm2cpp.errors import LFM2Error
+from lfm2cpp.ggml import TRAITS, GGMLType, row_nbytes
+from lfm2cpp.gguf.check import non_finite_blocks
+from lfm2cpp.gguf.dequantize import dequantize
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+KERNELS: dict[GGMLType, str] = {
+    GGMLType.Q4_0: "quant.legacy:quantize_blocks_q4_0",
+    GGMLType.Q4_1: "quant.legacy:quantize_blocks_q4_1",
+    GGMLType.Q5_0: "quant.legacy:quantize_blocks_q5_0",
+    GGMLType.Q5_1: "quant.legacy:quantize_blocks_q5_1",
+    GGMLType.Q8_0: "quant.legacy:quantize_blocks_q8_0",
+    GGMLType.Q6_K: "quant.k_quants:quantize_blocks_q6_K",
+}
+FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+ENCODABLE = (*FLOAT_TYPES, *KERNELS)
+SLAB_ELEMENTS = 1 << 20  # of a thread's unit of work: 4 MB of float32
+
+
+class EncodingError(LFM2Error):
+    """A weight that its new type cannot hold."""
+
+
+def encode_rows(
+    rows: F32, ggml_type: GGMLType, n_threads: int = 1, *, name: str = "tensor", first_row: int = 0
+) -> U8:
+    """Rows (n_rows, n_per_row) -> their stored bytes, uint8 (n_rows, row_nbytes).
+
+    The bytes do not depend on `n_threads`. Raises EncodingError for NaN, infinity, or a value too large for the type;
+    it names the tensor by `name` and the row counted from `first_row`.
+    """
+    rows = np.ascontiguousarray(rows, np.float32)
+    n_rows, n_per_row = rows.shape
+    out = np.empty((n_rows, row_nbytes(ggml_type, n_per_row)), np.uint8)
+    load_kernels([ggml_type])
+    slabs = list(row_slabs(n_rows, n_per_row))
+    if n_threads == 1 or len(slabs) < 2:
+        for start, stop in slabs:
+            encode_into(rows[start:stop], ggml_type, out[start:stop], name, first_row + start)
+        return out
+    with ThreadPoolExecutor(n_threads) as pool:
+        jobs = [
+            pool.submit(encode_into, rows[start:stop], ggml_type, out[start:stop], name, first_row + start)
+            for start, stop in slabs
+        ]
+        for job in jobs:  # in order, so that of several errors the first row's is raised
+            job.result()
+    return out
+
+
+def decode_rows(data: U8, ggml_type: GGMLType, n_per_row: int) -> F32:
+    """Stored bytes of whole rows -> float32 (n_rows, n_per_row); of F32 a view, not a copy."""
+    data = data.reshape(-1)
+    shape = (data.size // row_nbytes(ggml_type, n_per_row), n_per_row)
+    if ggml_type == GGMLType.F32:
+        return data.view(np.float32).reshape(shape)
+    return dequantize(data, ggml_type, shape)
+
+
+def row_slabs(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of consecutive slabs of rows, SLAB_ELEMENTS at most but one row at least."""
+    step = max(1, SLAB_ELEMENTS // n_per_row)
+    for start in range(0, n_rows, step):
+        yield start, min(n_rows, start + step)
+
+
+def load_kernels(ggml_types: Any, progress: Any = None) -> None:
+    """Have the encoders of these types ready; the first time on a machine they are compiled."""
+    names = [KERNELS[t] for t in ggml_types if t in KERNELS]
+    if names:
+        from lfm2cpp.kernels.library import library
+
+        library().load(names, progress)
+
+
+def encode_into(rows: F32, ggml_type: GGMLType, out: U8, name: str, first_row: int) -> None:
+    """Encode contiguous rows into `out` (n_rows, row_nbytes), which belongs to this call alone."""
+    if ggml_type in KERNELS:
+        block_index = _encode_blocks(rows, ggml_type, out)
+    else:
+        _ENCODE_FLOATS[ggml_type](rows, out)
+        bad = non_finite_blocks(out.reshape(-1, TRAITS[ggml_type].type_size), ggml_type)
+        block_index = int(bad[0]) if len(bad) else -1
+    if block_index >= 0:
+        raise _refusal(rows, ggml_type, block_index, name, first_row)
+
+
+def _encode_blocks(rows: F32, ggml_type: GGMLType, out: U8) -> int:
+    """-1, or the index of the first block that was refused."""
+    from lfm2cpp.kernels.library import library
+
+    kernel = library().load([KERNELS[ggml_type]])[KERNELS[ggml_type]]
+    bad = np.zeros(1, np.int64)
+    n_blocks = rows.size // TRAITS[ggml_type].block_size
+    kernel({"src": rows.ctypes.data, "dst": out.ctypes.data, "n_blocks": n_blocks, "bad": bad.ctypes.data})
+    return int(bad[0])
+
+
+def _refusal(rows: F32, ggml_type: GGMLType, block_index: int, name: str, first_row: int) -> EncodingError:
+    """What is wrong with the block of this index."""
+    size = TRAITS[ggml_type].block_size
+    block = rows.reshape(-1)[block_index * size : (block_index + 1) * size]
+    row = first_row + block_index * size // rows.shape[1]
+    if not np.isfinite(block).all():
+        value = block[~np.isfinite(block)][0]
+        return EncodingError(f"{name}, row {row}, holds {value}, expected finite weights; the source model is damaged")
+    value = block[np.argmax(np.abs(block))]
+    return EncodingError(
+        f"{name}, row {row}, holds {value:g}, which is too large for {ggml_type.name}; F32 can hold it"
+    )
+
+
+def _to_f32(rows: F32, out: U8) -> None:
+    out.view(np.float32)[...] = rows
+
+
+def _to_f16(rows: F32, out: U8) -> None:
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        out.view(np.float16)[...] = rows
+
+
+def _to_bf16(rows: F32, out: U8) -> None:
+    """To nearest even: the upper half of a float32 after adding almost half of what is cut off."""
+    words = rows.view(np.uint32)
+    odd = (words >> 16) & 1
+    odd += words
+    odd += 0x7FFF
+    odd >>= 16
+    # NaN could be carried over to infinity or zero; any quiet NaN will do to have it found.
+    np.copyto(odd, 0x7FC0, where=np.isnan(rows))
+    out.view(np.uint16)[...] = odd
+
+
+_ENCODE_FLOATS = {GGMLType.F32: _to_f32, GGMLType.F16: _to_f16, GGMLType.BF16: _to_bf16}
