@@ -69,6 +69,21 @@ block_q4_1 = np.dtype([
 ])  # fmt: skip
 assert block_q4_1.itemsize == 20
 
+block_q5_0 = np.dtype([
+    ("d", "<f2"),              # scale
+    ("qh", "<u4"),             # bit i: the fifth bit of element i
+    ("qs", "u1", 16),          # low nibbles: elements 0..15, high nibbles: 16..31
+])  # fmt: skip
+assert block_q5_0.itemsize == 22
+
+block_q5_1 = np.dtype([
+    ("d", "<f2"),              # scale
+    ("m", "<f2"),              # minimum
+    ("qh", "<u4"),
+    ("qs", "u1", 16),
+])  # fmt: skip
+assert block_q5_1.itemsize == 24
+
 block_q8_0 = np.dtype([
     ("d", "<f2"),              # scale
     ("qs", "i1", QK8_0),
@@ -104,8 +119,8 @@ TRAITS: dict[GGMLType, TypeTraits] = {
     GGMLType.I64: TypeTraits(1, 8, np.dtype("<i8")),
     GGMLType.Q4_0: TypeTraits(QK4_0, 18, block_q4_0),
     GGMLType.Q4_1: TypeTraits(QK4_1, 20, block_q4_1),
-    GGMLType.Q5_0: TypeTraits(32, 22),
-    GGMLType.Q5_1: TypeTraits(32, 24),
+    GGMLType.Q5_0: TypeTraits(32, 22, block_q5_0),
+    GGMLType.Q5_1: TypeTraits(32, 24, block_q5_1),
     GGMLType.Q8_0: TypeTraits(QK8_0, 34, block_q8_0),
     GGMLType.Q8_1: TypeTraits(32, 36),
     GGMLType.Q2_K: TypeTraits(QK_K, 84),

@@ -55,6 +55,16 @@ def dequantize_q4_1(blocks: NDArray) -> F32:
     return _scale(blocks["d"]) * _nibbles(blocks["qs"]) + _scale(blocks["m"])
 
 
+def dequantize_q5_0(blocks: NDArray) -> F32:
+    """x = d * (q - 16), q in 0..31; 32 elements share d"""
+    return _scale(blocks["d"]) * (_nibbles(blocks["qs"]) + _fifth_bits(blocks["qh"]) - np.float32(16))
+
+
+def dequantize_q5_1(blocks: NDArray) -> F32:
+    """x = d * q + m, q in 0..31; 32 elements share d and m"""
+    return _scale(blocks["d"]) * (_nibbles(blocks["qs"]) + _fifth_bits(blocks["qh"])) + _scale(blocks["m"])
+
+
 def dequantize_q6_K(blocks: NDArray) -> F32:
     """x = (d * scale) * (q - 32), q in 0..63; 256 elements share d, 16 share a scale.
 
@@ -81,6 +91,11 @@ def _nibbles(qs: NDArray[np.uint8]) -> F32:
     return np.concatenate([qs & 0x0F, qs >> 4], axis=1).astype(np.float32)
 
 
+def _fifth_bits(qh: NDArray[np.uint32]) -> F32:
+    """(nb,) words -> (nb, 32): 16 where the element's bit is set, else 0."""
+    return ((qh[:, None] >> np.arange(32, dtype=np.uint32) & 1) << 4).astype(np.float32)
+
+
 _DEQUANTIZE: dict[GGMLType, Callable[[NDArray], F32]] = {
     GGMLType.F32: dequantize_f32,
     GGMLType.F16: dequantize_f16,
@@ -88,5 +103,7 @@ _DEQUANTIZE: dict[GGMLType, Callable[[NDArray], F32]] = {
     GGMLType.Q8_0: dequantize_q8_0,
     GGMLType.Q4_0: dequantize_q4_0,
     GGMLType.Q4_1: dequantize_q4_1,
+    GGMLType.Q5_0: dequantize_q5_0,
+    GGMLType.Q5_1: dequantize_q5_1,
     GGMLType.Q6_K: dequantize_q6_K,
 }
