@@ -86,6 +86,7 @@ class Cursor:
     def __init__(self, buffer: Buffer, label: str) -> None:
         self.buffer = buffer
         self.end = len(buffer)
+        self.file_size = self.end
         self.pos = 0
         self.label = label
         self.array_items = 0
@@ -171,12 +172,15 @@ class Cursor:
         return items
 
 
-def parse_header(buffer: Buffer, label: str) -> Header:
+def parse_header(buffer: Buffer, label: str, *, file_size: int | None = None) -> Header:
     """Read and check the whole header; `label` (the path) starts every error message.
 
-    Raises ModelFormatError. The extents of all tensors lie inside the buffer when this returns.
+    Raises ModelFormatError. The extents of all tensors lie inside the buffer when this returns, or inside a file of
+    `file_size` bytes when `buffer` holds no more than its header.
     """
     cursor = Cursor(buffer, label)
+    if file_size is not None:
+        cursor.file_size = file_size
     version = _read_version(cursor)
     n_tensors = _read_count(cursor, "tensors", MIN_TENSOR_BYTES, MAX_TENSORS)
     n_kv = _read_count(cursor, "metadata entries", MIN_KV_BYTES, cursor.end)
@@ -330,15 +334,15 @@ def _place_tensors(
         end = start + info.nbytes
         expected = pad(info.offset + info.nbytes, alignment)
         tensors[info.name] = TensorInfo(info.name, info.shape, info.ggml_type, start, info.nbytes)
-    if end > cursor.end:
-        first = next(info for info in tensors.values() if info.offset + info.nbytes > cursor.end)
+    size = cursor.file_size
+    if end > size:
+        first = next(info for info in tensors.values() if info.offset + info.nbytes > size)
         cursor.fail(
-            f"the file has {cursor.end} bytes and tensor {quoted(first.name)} ends beyond them: {end - cursor.end} bytes "
-            "are missing; download it again"
+            f"the file has {size} bytes and tensor {quoted(first.name)} ends beyond them: {end - size} bytes are missing; "
+            "download it again"
         )
-    padded_end = pad(end, alignment)
-    if cursor.end > padded_end:
-        warnings.append(f"{cursor.end - padded_end} unused bytes after the end of the data")
+    if size > pad(end, alignment):
+        warnings.append(f"{size - pad(end, alignment)} unused bytes after the end of the data")
     return tensors
 
 

@@ -144,20 +144,21 @@ def read_gguf(path: str | os.PathLike[str], *, use_mmap: bool = True) -> GGUFFil
     return GGUFFile(paths, headers, maps, mapped=use_mmap)
 
 
-def read_one(path: Path, *, use_mmap: bool = True) -> tuple[Header, mmap.mmap]:
-    """Header and bytes of a single file, which may be one shard of many."""
+def read_one(path: Path, *, use_mmap: bool = True, label: str | None = None) -> tuple[Header, mmap.mmap]:
+    """Header and bytes of a single file, which may be one shard of many; `label` names it in errors."""
+    label = label or str(path)
     fd = _open_regular(path)
     try:
         size = os.fstat(fd).st_size
         if size < 24:
-            parse_header(os.read(fd, size), str(path))  # explains what is wrong with it
+            parse_header(os.read(fd, size), label)  # explains what is wrong with it
         if use_mmap:
             memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
         else:
             memory = _read_all(fd, size, path)
     finally:
         os.close(fd)
-    return parse_header(memory, str(path)), memory
+    return parse_header(memory, label), memory
 
 
 def _open_regular(path: Path) -> int:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lfm2cpp.errors import OutputError
+from lfm2cpp.errors import ModelFormatError, OutputError
 from lfm2cpp.files import OutputFile, atomic_output
 from lfm2cpp.ggml import GGMLType, tensor_nbytes
 
-from .header import DEFAULT_ALIGNMENT, MAGIC, pad, quoted
+from .header import DEFAULT_ALIGNMENT, MAGIC, pad, parse_header, quoted
 from .reader import read_one
 from .values import FORMATS, Metadata, Value, ValueType
 
@@ -57,10 +58,13 @@ def write_gguf(
     """
     header = encode_header(metadata, tensors, alignment=alignment)
     step = _file_alignment(metadata, alignment)
-    size = gguf_size(metadata, tensors, alignment=alignment)
+    size = len(header) + sum(pad(tensor.nbytes, step) for tensor in tensors)
+    with _refused(path):  # before the work, what the reader would say after it
+        parse_header(header, str(path), file_size=size)
 
     def check(partial: Path) -> None:
-        _verify(partial, Path(path), tensors, size)
+        with _refused(path):
+            _verify(partial, str(path), tensors, size)
 
     with atomic_output(path, size=size, force=force, inputs=inputs, check=check) as out:
         out.skip(len(header))
@@ -133,9 +137,7 @@ def _pack(key: str, value_type: ValueType, items: Sequence[Any]) -> bytes:
 def _write_tensor(out: OutputFile, tensor: TensorToWrite, progress: Callable[[int], None] | None) -> None:
     written = 0
     for chunk in tensor.chunks():
-        view = memoryview(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1)) if isinstance(
-            chunk, np.ndarray
-        ) else memoryview(chunk)
+        view = memoryview(np.ascontiguousarray(chunk).view(np.uint8) if isinstance(chunk, np.ndarray) else chunk)
         out.write(view)
         written += view.nbytes
         if progress is not None:
@@ -147,10 +149,19 @@ def _write_tensor(out: OutputFile, tensor: TensorToWrite, progress: Callable[[in
         )
 
 
-def _verify(partial: Path, target: Path, tensors: Sequence[TensorToWrite], size: int) -> None:
+def _verify(partial: Path, label: str, tensors: Sequence[TensorToWrite], size: int) -> None:
     """Read the finished file back as a stranger would, and compare it with the plan."""
-    header, memory = read_one(partial)
+    header, memory = read_one(partial, label=label)
     planned = [(t.name, tuple(t.shape), t.ggml_type) for t in tensors]
     found = [(t.name, t.shape, t.ggml_type) for t in header.tensors.values()]
     if planned != found or len(memory) != size:
-        raise OutputError(f"{target}: the file written is not the file planned ({len(memory)} of {size} bytes)")
+        raise OutputError(f"{label}: the file written is not the file planned; nothing was kept")
+
+
+@contextmanager
+def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the strict reader says about our own file is a failure to write it."""
+    try:
+        yield
+    except ModelFormatError as error:
+        raise OutputError(f"{path}: would not be a valid GGUF file: {str(error).removeprefix(f'{path}: ')}") from None
