@@ -135,7 +135,7 @@ def _weight_files(directory: Path, note: Note) -> list[Path]:
     """The safetensors files that make up the model, sorted by name; the index decides where there is one."""
     present = sorted(p.name for p in directory.iterdir() if p.name.startswith("model") and p.suffix == ".safetensors")
     if (directory / INDEX).is_file():
-        names = sorted(set(_weight_map(directory).values()))
+        names = sorted(set(read_weight_map(directory).values()))
         paths = [inside(directory, name) for name in names]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -170,7 +170,7 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def read_weight_map(directory: Path) -> dict[str, str]:
     path = inside(directory, INDEX)
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -182,7 +182,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
     """The index and the shards must tell the same story about every tensor."""
-    weight_map = _weight_map(directory)
+    weight_map = read_weight_map(directory)
     wrong = [n for n in weight_map if n not in tensors or tensors[n].path.name != weight_map[n]]
     if wrong:
         raise CheckpointError(f"{directory / INDEX}: tensors are not in the shards it names: {_some(wrong)}")
