@@ -13,8 +13,8 @@ from lfm2cpp.kernels.scalar import load_f32, store_f32, store_i16, store_i64
 
 from .legacy import INFINITY, MAGNITUDE, finite_half
 from .vectors import (
-    as_float, bits, f16_of_f32, f32_of_f16, f32x16, first_true, greater, largest, lesser, load_f32x16, load_u8x32,
-    low_byte, select, stack, store, truncated,
+    as_float, bits, f16_of_f32, f32_of_f16, first_true, greater, largest, lesser, load_f32x16, load_u8x32,
+    low_byte, select, splat_16, stack, store, truncated,
 )  # fmt: skip
 
 GROUP_MAX_EPS = np.float32(1e-15)  # ggml's: what is below it everywhere counts as zero
@@ -44,7 +44,7 @@ def all_finite(columns):  # type: ignore[no-untyped-def]
 @device
 def extremes(columns):  # type: ignore[no-untyped-def]
     """(whether the sub-block counts as zero, its element of largest magnitude), lane by lane"""
-    extreme, magnitude = f32x16(np.float32(0)), f32x16(np.float32(0))
+    extreme, magnitude = splat_16(np.float32(0)), splat_16(np.float32(0))
     for i in range(16):
         x = load_f32x16(columns + 64 * i)
         ax = as_float(bits(x) & MAGNITUDE)
@@ -62,11 +62,11 @@ def signed_scale_search(columns, n_max):  # type: ignore[no-untyped-def]
     with the scale that suits them best, have the smallest error weighted by x^2: ggml's make_qx_quants.
     """
     is_zero, extreme = extremes(columns)
-    scale = inverse = best = f32x16(np.float32(0))
+    scale = inverse = best = splat_16(np.float32(0))
     for step in range(19):
         shift = 0 if step == 0 else step - 10 if step < 10 else step - 9  # 0, -9 .. -1, 1 .. 9
         candidate = -(np.float32(n_max) + np.float32(0.1) * np.float32(shift)) / extreme
-        sum_lx = sum_l2 = f32x16(np.float32(0))
+        sum_lx = sum_l2 = splat_16(np.float32(0))
         for i in range(16):
             x = load_f32x16(columns + 64 * i)
             level = greater(lesser(nearest(candidate * x), np.float32(n_max - 1)), np.float32(-n_max))
@@ -104,7 +104,7 @@ def store_levels_q6_K(x, steps, inverses, levels):  # type: ignore[no-untyped-de
         level = nearest(row / step) if step != np.float32(0) else nearest(inverse * row)
         level = greater(lesser(level, np.float32(31)), np.float32(-32)) + np.float32(32)
         if inverse == np.float32(0):
-            level = f32x16(np.float32(0))
+            level = splat_16(np.float32(0))
         store(levels + 16 * j, low_byte(truncated(level)))
 
 
@@ -130,7 +130,7 @@ def quantize_blocks_q6_K(src, dst, n_blocks, bad):  # type: ignore[no-untyped-de
         max_scale = largest_of(scale)
         if abs(max_scale) < GROUP_MAX_EPS:
             iscale, d = np.float32(0), np.int64(0)
-            inverse = f32x16(np.float32(0))
+            inverse = splat_16(np.float32(0))
         else:
             iscale = np.float32(-128) / max_scale
             d = f16_of_f32(np.float32(1) / iscale)

@@ -14,7 +14,7 @@ from lfm2cpp.kernels.scalar import load_f32, store_i16, store_i32, store_i64
 
 from .vectors import (
     as_float, bits, f16_of_f32, first_true, high_half, largest, lesser, load_f32x32, low_byte, low_half, mask_bits,
-    smallest, store, truncated,
+    select, smallest, store, truncated,
 )  # fmt: skip
 
 SIGN = -0x80000000
@@ -74,7 +74,7 @@ def affine_levels(src, n_levels):  # type: ignore[no-untyped-def]
     """(scale, minimum as halves' bits or -1, levels): the smallest element becomes 0, the largest n_levels - 1."""
     x = load_f32x32(src)
     word = bits(x)
-    in_order = word ^ ((word >> 31) & MAGNITUDE)  # integers that compare as the floats do
+    in_order = word ^ select(word < 0, MAGNITUDE, 0)  # integers that compare as the floats do
     low, high = smallest(in_order), largest(in_order)
     if largest(word & MAGNITUDE) >= INFINITY:
         return np.int64(-1), np.int64(-1), word

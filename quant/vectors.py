@@ -1,7 +1,8 @@
-"""Vectors as Numba values: an encoder is written on whole blocks, and LLVM chooses the registers.
+"""What the encoders add to the kernels' vectors: whole blocks of a fixed number of lanes, on every CPU alike.
 
-Only generic LLVM IR (no target intrinsic, no fast-math flag), so that each lane is one IEEE operation in the order
-written, on every CPU. In an operation with a vector, a plain number stands for itself in every lane.
+An encoder must give ggml's bytes, so these are generic LLVM IR without fast-math flags: each lane is one IEEE operation
+in the order written, and LLVM splits a block over whatever registers there are. The operations take vectors of any
+length; where one of two operands is a plain number, it stands in every lane.
 """
 
 from __future__ import annotations
@@ -13,123 +14,101 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import intrinsic, overload
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import pointer
+from lfm2cpp.kernels.vector import Vec, call_llvm, shuffle, splat, vector_op
 
+f32x16, f32x32, u8x32 = Vec("f32", 16), Vec("f32", 32), Vec("i8", 32)
 I32 = ir.IntType(32)
-ELEMENT = {
-    types.float32: ir.FloatType(), types.int32: I32, types.uint8: ir.IntType(8), types.boolean: ir.IntType(1)
-}  # fmt: skip
+SCALARS = {"f32": types.float32, "i32": types.int32, "i8": types.uint8}
 
 
-class Vector(types.Type):
-    """`n` lanes of the scalar Numba type `elem`; lanes of type boolean make a mask."""
-
-    def __init__(self, elem: types.Type, n: int) -> None:
-        self.elem, self.n = elem, n
-        super().__init__(name=f"Vector({elem} x {n})")
+# Operations on two vectors, or on a vector and a number
 
 
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, ir.VectorType(ELEMENT[vector.elem], vector.n))
-
-
-def _lanes(context: Any, builder: ir.IRBuilder, value: ir.Value, ty: types.Type, vector: Vector) -> ir.Value:
-    """`value` of type `ty` as lanes of `vector`: itself, or a number in every lane."""
-    if isinstance(ty, Vector):
+def _lanes(context: Any, builder: ir.IRBuilder, value: ir.Value, ty: types.Type, vector: Vec) -> ir.Value:
+    """`value` as lanes of `vector`."""
+    if isinstance(ty, Vec):
         return value
-    one = ir.Constant(ir.VectorType(ELEMENT[vector.elem], vector.n), ir.Undefined)
-    first = builder.insert_element(one, context.cast(builder, value, ty, vector.elem), ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, vector.n), [0] * vector.n))
-
-
-# --- operators, lane by lane
+    return splat(builder, context.cast(builder, value, ty, SCALARS[vector.element]), vector.lanes)
 
 
 def _binary(emit: Callable[..., ir.Value], *, to_mask: bool = False) -> Any:
-    """An intrinsic of two operands, at least one of them a Vector; `emit(builder, elem, a, b)` works on lanes."""
+    """An intrinsic; `emit(builder, is_float, a, b)` works on lanes."""
 
     @intrinsic
-    def apply(typing_context: Any, a: Any, b: Any) -> Any:
-        vector = a if isinstance(a, Vector) else b
-        result = Vector(types.boolean, vector.n) if to_mask else vector
+    def apply(typingctx: Any, a: Any, b: Any) -> Any:
+        vector = a if isinstance(a, Vec) else b
+        result = Vec("i1", vector.lanes) if to_mask else vector
 
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            x, y = (_lanes(context, builder, v, t, vector) for v, t in zip(args, signature.args, strict=True))
-            return emit(builder, vector.elem, x, y)
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            x, y = (_lanes(context, builder, v, t, vector) for v, t in zip(args, sig.args, strict=True))
+            return emit(builder, vector.element == "f32", x, y)
 
         return result(types.unliteral(a), types.unliteral(b)), codegen
 
     return apply
 
 
-def _arithmetic(float_op: str, int_op: str) -> Callable[..., ir.Value]:
-    def emit(builder: ir.IRBuilder, elem: Any, a: ir.Value, b: ir.Value) -> ir.Value:
-        return getattr(builder, float_op if elem == types.float32 else int_op)(a, b)
+def _operator(function: Any, apply: Any, *, of_two_vectors: bool) -> None:
+    """Let `function` be `apply` for a vector and a number; vector.py has most operators of two vectors."""
 
-    return emit
-
-
-def _compare(builder: ir.IRBuilder, symbol: str, elem: Any, a: ir.Value, b: ir.Value) -> ir.Value:
-    if elem == types.float32:
-        return builder.fcmp_ordered(symbol, a, b)
-    return (builder.icmp_signed if elem.signed else builder.icmp_unsigned)(symbol, a, b)
-
-
-def _shift_right(builder: ir.IRBuilder, elem: Any, a: ir.Value, b: ir.Value) -> ir.Value:
-    return (builder.ashr if elem.signed else builder.lshr)(a, b)
-
-
-def _operator(function: Any, apply: Any) -> None:
     @overload(function)
-    def choose(a, b):  # type: ignore[no-untyped-def]  # Numba compares the signatures, annotations included
-        return (lambda a, b: apply(a, b)) if isinstance(a, Vector) or isinstance(b, Vector) else None
+    def choose(a, b):  # type: ignore[no-untyped-def]  # Numba compares signatures, annotations included
+        n_vectors = isinstance(a, Vec) + isinstance(b, Vec)
+        return (lambda a, b: apply(a, b)) if n_vectors == 1 or (n_vectors == 2 and of_two_vectors) else None
 
 
-_operator(operator.add, _binary(_arithmetic("fadd", "add")))
-_operator(operator.sub, _binary(_arithmetic("fsub", "sub")))
-_operator(operator.mul, _binary(_arithmetic("fmul", "mul")))
-_operator(operator.truediv, _binary(_arithmetic("fdiv", "")))
-_operator(operator.and_, _binary(_arithmetic("", "and_")))
-_operator(operator.or_, _binary(_arithmetic("", "or_")))
-_operator(operator.xor, _binary(_arithmetic("", "xor")))
-_operator(operator.lshift, _binary(_arithmetic("", "shl")))
-_operator(operator.rshift, _binary(_shift_right))
-for _function, _symbol in ((operator.lt, "<"), (operator.gt, ">"), (operator.eq, "==")):
-    _operator(_function, _binary(lambda b, elem, x, y, s=_symbol: _compare(b, s, elem, x, y), to_mask=True))
+def _arithmetic(float_op: str, int_op: str) -> Any:
+    return _binary(lambda builder, is_float, a, b: getattr(builder, float_op if is_float else int_op)(a, b))
 
-lesser = _binary(lambda b, elem, x, y: b.select(_compare(b, "<", elem, x, y), x, y))
-greater = _binary(lambda b, elem, x, y: b.select(_compare(b, ">", elem, x, y), x, y))
+
+def _compare(symbol: str, builder: ir.IRBuilder, is_float: bool, a: ir.Value, b: ir.Value) -> ir.Value:
+    return (builder.fcmp_ordered if is_float else builder.icmp_signed)(symbol, a, b)
+
+
+def _comparison(symbol: str) -> Any:
+    return _binary(lambda *lanes: _compare(symbol, *lanes), to_mask=True)
+
+
+for _function, _names in {
+    operator.add: ("fadd", "add"), operator.sub: ("fsub", "sub"), operator.mul: ("fmul", "mul"),
+    operator.truediv: ("fdiv", ""), operator.and_: ("", "and_"), operator.or_: ("", "or_"),
+}.items():  # fmt: skip
+    _operator(_function, _arithmetic(*_names), of_two_vectors=False)
+for _function, _symbol in {operator.lt: "<", operator.gt: ">", operator.eq: "=="}.items():
+    _operator(_function, _comparison(_symbol), of_two_vectors=True)
+
+# NaN counts as the larger of two in `lesser`, and as the smaller in `greater`, when it is the first operand.
+lesser = _binary(lambda builder, is_float, a, b: builder.select(_compare("<", builder, is_float, a, b), a, b))
+greater = _binary(lambda builder, is_float, a, b: builder.select(_compare(">", builder, is_float, a, b), a, b))
 
 
 @intrinsic
-def select(typing_context: Any, mask: Any, a: Any, b: Any) -> Any:
+def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
     """Lane by lane: a where `mask` is set, else b."""
-    vector = a if isinstance(a, Vector) else b
+    vector = a if isinstance(a, Vec) else b if isinstance(b, Vec) else Vec("i32", mask.lanes)
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        x, y = (_lanes(context, builder, v, t, vector) for v, t in zip(args[1:], signature.args[1:], strict=True))
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, y = (_lanes(context, builder, v, t, vector) for v, t in zip(args[1:], sig.args[1:], strict=True))
         return builder.select(args[0], x, y)
 
     return vector(mask, types.unliteral(a), types.unliteral(b)), codegen
 
 
-# --- conversions
+# Conversions
 
 
-def _unary(result: Callable[[Any], Any], emit: Callable[..., ir.Value]) -> Any:
-    """An intrinsic of one operand; `emit(builder, value, LLVM type of the result)`."""
+def _unary(result: Callable[[Any], types.Type], emit: Callable[..., ir.Value]) -> Any:
+    """An intrinsic; `emit(builder, value, LLVM type of the result)`."""
 
     @intrinsic
-    def apply(typing_context: Any, v: Any) -> Any:
+    def apply(typingctx: Any, v: Any) -> Any:
         to = result(v)
 
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
             return emit(builder, args[0], context.get_value_type(to))
 
         return to(v), codegen
@@ -137,98 +116,80 @@ def _unary(result: Callable[[Any], Any], emit: Callable[..., ir.Value]) -> Any:
     return apply
 
 
-def _shape_of(elem: types.Type) -> Callable[[Any], Any]:
-    return lambda v: Vector(elem, v.n) if isinstance(v, Vector) else elem
+def _as(element: str) -> Callable[[Any], types.Type]:
+    return lambda v: Vec(element, v.lanes) if isinstance(v, Vec) else SCALARS[element]
 
 
-def _half(first: bool) -> Callable[..., ir.Value]:
+def _half(first: bool) -> Any:
     def emit(builder: ir.IRBuilder, v: ir.Value, to: ir.Type) -> ir.Value:
         start = 0 if first else to.count
-        lanes = ir.Constant(ir.VectorType(I32, to.count), list(range(start, start + to.count)))
-        return builder.shuffle_vector(v, v, lanes)
+        return shuffle(builder, v, v, list(range(start, start + to.count)))
 
-    return emit
+    return _unary(lambda v: Vec(v.element, v.lanes // 2), emit)
 
 
 # float32 <-> its bits as int32, of a vector or of one number
-bits = _unary(_shape_of(types.int32), lambda b, v, to: b.bitcast(v, to))
-as_float = _unary(_shape_of(types.float32), lambda b, v, to: b.bitcast(v, to))
+bits = _unary(_as("i32"), lambda builder, v, to: builder.bitcast(v, to))
+as_float = _unary(_as("f32"), lambda builder, v, to: builder.bitcast(v, to))
 # float32 -> int32 towards zero; the value must fit
-truncated = _unary(_shape_of(types.int32), lambda b, v, to: b.fptosi(v, to))
-# int32 -> uint8, the low bits
-low_byte = _unary(_shape_of(types.uint8), lambda b, v, to: b.trunc(v, to))
-# mask -> int32, lane i in bit i; of 32 lanes
-mask_bits = _unary(lambda mask: types.int32, lambda b, v, to: b.bitcast(v, to))
-low_half = _unary(lambda v: Vector(v.elem, v.n // 2), _half(first=True))
-high_half = _unary(lambda v: Vector(v.elem, v.n // 2), _half(first=False))
+truncated = _unary(_as("i32"), lambda builder, v, to: builder.fptosi(v, to))
+# int32 -> its low byte
+low_byte = _unary(_as("i8"), lambda builder, v, to: builder.trunc(v, to))
+# mask of 32 lanes -> int32, lane i in bit i
+mask_bits = _unary(lambda mask: types.int32, lambda builder, v, to: builder.bitcast(v, to))
+low_half, high_half = _half(first=True), _half(first=False)
 
 
-@intrinsic
-def f32x16(typing_context: Any, x: Any) -> Any:
-    """`x` in 16 lanes."""
-    vector = Vector(types.float32, 16)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _lanes(context, builder, args[0], signature.args[0], vector)
-
-    return vector(types.unliteral(x)), codegen
+@vector_op(f32x16, types.float32)
+def splat_16(builder, x):  # type: ignore[no-untyped-def]
+    """x in 16 lanes"""
+    return splat(builder, x, 16)
 
 
-# --- across the lanes
+# Across the lanes
 
 
 def _reduction(name: str) -> Any:
-    @intrinsic
-    def reduce(typing_context: Any, v: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            function_type = ir.FunctionType(I32, [args[0].type])
-            symbol = f"llvm.vector.reduce.{name}.v{v.n}i32"
-            return builder.call(cgutils.get_or_insert_function(builder.module, function_type, symbol), args)
+    def emit(builder: ir.IRBuilder, v: ir.Value, to: ir.Type) -> ir.Value:
+        return call_llvm(builder, f"llvm.vector.reduce.{name}.v{v.type.count}i32", to, v)
 
-        return types.int32(v), codegen
-
-    return reduce
+    return _unary(lambda v: types.int32, emit)
 
 
-largest = _reduction("smax")  # of int32 lanes
-smallest = _reduction("smin")
+largest, smallest = _reduction("smax"), _reduction("smin")  # of int32 lanes
 
 
 @intrinsic
-def first_true(typing_context: Any, mask: Any) -> Any:
+def first_true(typingctx: Any, mask: Any) -> Any:
     """Index of the first lane that is set; one must be."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        word = builder.bitcast(args[0], ir.IntType(mask.n))
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        word = builder.bitcast(args[0], ir.IntType(mask.lanes))
         return builder.zext(builder.cttz(word, ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
 
     return types.int64(mask), codegen
 
 
-# --- memory
+# Memory
 
 
-def _loader(vector: Vector) -> Any:
-    @intrinsic
-    def load(typing_context: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            return builder.load(pointer(builder, args[0], context.get_value_type(vector)), align=1)
-
-        return vector(types.int64), codegen
+def _loader(vector: Vec) -> Any:
+    @vector_op(vector, types.int64)
+    def load(builder, address):  # type: ignore[no-untyped-def]
+        """All lanes from address"""
+        return builder.load(pointer(builder, address, vector.llvm), align=1)
 
     return load
 
 
-load_f32x16 = _loader(Vector(types.float32, 16))
-load_f32x32 = _loader(Vector(types.float32, 32))
-load_u8x32 = _loader(Vector(types.uint8, 32))
+load_f32x16, load_f32x32, load_u8x32 = _loader(f32x16), _loader(f32x32), _loader(u8x32)
 
 
 @intrinsic
-def store(typing_context: Any, address: Any, v: Any) -> Any:
+def store(typingctx: Any, address: Any, v: Any) -> Any:
     """All lanes of `v` to address."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         builder.store(args[1], pointer(builder, args[0], args[1].type), align=1)
         return context.get_dummy_value()
 
@@ -236,10 +197,10 @@ def store(typing_context: Any, address: Any, v: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def stack(typing_context: Any, nbytes: Any) -> Any:
-    """Address of `nbytes` (a literal) bytes of the calling function's stack frame."""
+def stack(typingctx: Any, nbytes: Any) -> Any:
+    """Address of `nbytes` (a literal) bytes of the kernel's stack frame."""
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         buffer = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), nbytes.literal_value))
         buffer.align = 64
         return builder.ptrtoint(buffer, ir.IntType(64))
@@ -247,7 +208,7 @@ def stack(typing_context: Any, nbytes: Any) -> Any:
     return types.int64(nbytes), codegen
 
 
-# --- halves, by their bits: a conversion instruction is not on every CPU
+# Halves by their bits: not every CPU has an instruction for them
 
 
 @device

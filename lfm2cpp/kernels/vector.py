@@ -22,6 +22,7 @@ ELEMENTS: dict[str, ir.Type] = {
     "i32": ir.IntType(32),
     "i16": ir.IntType(16),
     "i8": ir.IntType(8),
+    "i1": ir.IntType(1),  # a mask
 }
 
 
