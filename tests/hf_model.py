@@ -106,6 +106,7 @@ def load_hf(path: Path | str) -> HFModel:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # on tiny matrices the threads of torch wait for each other longer than they compute
     model = Lfm2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     return HFModel(Path(path), model.eval())
 

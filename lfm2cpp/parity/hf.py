@@ -39,6 +39,7 @@ class HFRunner:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._torch = torch
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         self.model = _load(path, torch, transformers)
         self._modeling = __import__(type(self.model).__module__, fromlist=["_"])
         self.hparams = _hparams(self.model)

@@ -49,7 +49,7 @@ class Report:
     hf: str
     gguf: str
     versions: dict[str, str]
-    mode: str  # "float32": an F32 file; "rounded": any other
+    mode: str  # "float32": all weights F32; "rounded": any other file
     kinds: list[str]  # of each layer: conv or attention
     tokens: list[int]
     hf_tokens: list[int]  # HF's greedy continuation
@@ -125,7 +125,13 @@ def table(report: Report, *, verbose: bool = False) -> str:
         rows.append((score.phase, "logits", score.name, "", f"{score.value:.3g}", limit, "", "", _verdict(score.ok)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(text + [_continuation(report)] + [f"note: {note}" for note in report.notes])
+    return "\n".join([*_head(report), *text, _continuation(report), *(f"note: {note}" for note in report.notes)])
+
+
+def _head(report: Report) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    how = "float32: equal to rounding" if report.mode == "float32" else "stored weights: no worse than they have to be"
+    return [f"HF    {report.hf}", f"GGUF  {report.gguf} ({how})", f"with  {versions}", ""]
 
 
 def _worst_per_layer(lines: list[Line]) -> list[Line]:
