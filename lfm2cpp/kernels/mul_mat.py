@@ -171,6 +171,8 @@ def make_mul_mat(weights: ModuleType) -> Any:
         """
         n_tokens = load_i64(count)
         mine = scratch + ith * scratch_bytes
+        if n_tokens == 0:
+            return
         if n_tokens == 1:
             step = rows_of_chunk(n_rows, nth, W)
             first = atomic_add(work, 1) * step

@@ -1,16 +1,116 @@
-"""Row ops between the matrix products."""
+"""Row ops between the matrix products: norms, SwiGLU, sums. Rows are float32; n is their width.
+
+Where a product with block weights follows, an op also leaves the quantized row (`act` not 0), so that no op of its own
+is needed. One token's row is shared out among the threads, several tokens are dealt whole.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
 from .activation import activation_stride, n_groups_of, quantize_block
-from .compiler import kernel
-from .scalar import load_i64
+from .compiler import F32, device, kernel
+from .math import silu
+from .scalar import load_f32 as load_scalar
+from .scalar import load_i32, load_i64
+from .scalar import store_f32 as store_scalar
+from .simd import W, fma, load_f32, max_lanes, splat_f32, store_f32, sum_lanes
+
+SEGMENT = 32  # elements: a block
+
+
+@device
+def segment_of(n, ith, nth):
+    """This thread's part of one row, in whole segments but for the row's end: (first, last)."""
+    segments = (n + SEGMENT - 1) // SEGMENT
+    first = segments * ith // nth * SEGMENT
+    return first, min(n, segments * (ith + 1) // nth * SEGMENT)
+
+
+@device
+def quantize_part(x, act, n_groups, first, last):
+    for k in range(first, last, SEGMENT):
+        quantize_block(x + 4 * k, act, n_groups, k // SEGMENT)
 
 
 @kernel
 def quantize_rows(x, n, act, count, ith, nth):
-    """float32 rows x: (n_tokens, n) -> quantized activation rows; threads share out the blocks."""
-    n_blocks, n_groups, stride = n // 32, n_groups_of(n), activation_stride(n)
-    for unit in range(ith, load_i64(count) * n_blocks, nth):
-        t, b = divmod(unit, n_blocks)
-        quantize_block(x + 4 * (t * n + 32 * b), act + t * stride, n_groups, b)
+    """float32 rows x: (n_tokens, n) -> quantized activation rows"""
+    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    if n_tokens == 1:
+        first, last = segment_of(n, ith, nth)
+        quantize_part(x, act, n_groups, first, last)
+        return
+    for t in range(ith, n_tokens, nth):
+        quantize_part(x + 4 * t * n, act + t * stride, n_groups, 0, n)
+
+
+@device
+def inverse_rms(x, n, eps):
+    """1 / sqrt(mean(x^2) + eps) of one row"""
+    even = splat_f32(0.0)
+    odd = splat_f32(0.0)
+    whole = n // (2 * W) * (2 * W)
+    for i in range(0, whole, 2 * W):
+        a, b = load_f32(x + 4 * i), load_f32(x + 4 * (i + W))
+        even = fma(a, a, even)
+        odd = fma(b, b, odd)
+    total = sum_lanes(even + odd)
+    for i in range(whole, n):
+        value = load_scalar(x + 4 * i)
+        total += value * value
+    return np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+
+
+@device
+def scale_part(x, weight, scale, out, first, last):
+    """out = weight * (x * scale) for elements first .. last - 1"""
+    whole = first + (last - first) // W * W
+    factor = splat_f32(scale)
+    for i in range(first, whole, W):
+        store_f32(out + 4 * i, load_f32(weight + 4 * i) * (load_f32(x + 4 * i) * factor))
+    for i in range(whole, last):
+        store_scalar(out + 4 * i, load_scalar(weight + 4 * i) * (load_scalar(x + 4 * i) * scale))
+
+
+@kernel
+def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
+    """out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); with `rows`, of the tokens whose indices (int32) are there."""
+    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
+    for t in range(ith if n_tokens > 1 else 0, n_tokens, nth if n_tokens > 1 else 1):
+        row = x + 4 * n * (load_i32(rows + 4 * t) if rows else t)
+        below = out + 4 * n * t
+        scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
+        if act:
+            quantize_part(below, act + t * stride, n_groups, first, last)
+
+
+@device
+def swiglu_part(gate, up, out, first, last):
+    whole = first + (last - first) // W * W
+    for i in range(first, whole, W):
+        store_f32(out + 4 * i, silu(load_f32(gate + 4 * i)) * load_f32(up + 4 * i))
+    for i in range(whole, last):
+        gated = max_lanes(silu(splat_f32(load_scalar(gate + 4 * i))))
+        store_scalar(out + 4 * i, gated * load_scalar(up + 4 * i))
+
+
+@kernel
+def swiglu(gate, up, n, out, act, count, ith, nth):
+    """out[t] = silu(gate[t]) * up[t]"""
+    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
+    for t in range(ith if n_tokens > 1 else 0, n_tokens, nth if n_tokens > 1 else 1):
+        row = 4 * n * t
+        swiglu_part(gate + row, up + row, out + row, first, last)
+        if act:
+            quantize_part(out + row, act + t * stride, n_groups, first, last)
+
+
+@kernel
+def add(a, b, n, out, count, ith, nth):
+    """out = a + b, rows of n"""
+    for t in range(ith, load_i64(count), nth):
+        for i in range(t * n, (t + 1) * n):
+            store_scalar(out + 4 * i, load_scalar(a + 4 * i) + load_scalar(b + 4 * i))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -154,3 +155,22 @@ def call_address(typingctx: Any, function: Any, a: Any, b: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any, _: Any) -> Any:
+    """Tell the core that this is a spin loop."""
+    machine = llvm.get_default_triple().split("-")[0]
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        if machine in ("x86_64", "i686"):
+            name, args = "llvm.x86.sse2.pause", []
+        elif machine in ("aarch64", "arm64"):
+            name, args = "llvm.aarch64.hint", [ir.Constant(I32, 1)]  # yield
+        else:
+            return context.get_dummy_value()
+        function_type = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+        builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen

@@ -220,6 +220,19 @@ def maximum(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+@vector_op(f32, f32, f32)
+def minimum(builder, a, b):
+    """The smaller of each lane; b where one is NaN"""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+@vector_op(f32, f32, i32)
+def add_exponent(builder, a, n):
+    """a * 2**n for results that stay normal"""
+    bits = builder.add(builder.bitcast(a, _I32), builder.shl(n, constant(_I32, 23)))
+    return builder.bitcast(bits, _F32)
+
+
 @vector_op(f32, f32)
 def absolute(builder, a):
     """|a|"""

@@ -14,7 +14,7 @@ from numba import types
 
 from .dot import dot_i8_value, dot_u7_value
 from .scalar import FLOAT, I32, I64
-from .simd import _F32, _I8, _I32, LEVEL, W, _load, _store, f32, i32
+from .simd import _F16, _F32, _I8, _I32, LEVEL, W, _load, _store, f32, i32
 from .vector import call_llvm, splat, vector_op
 
 int64 = types.int64
@@ -39,7 +39,9 @@ class Tile:
     add_product: Any  # (f, values, ds, stride) -> f + values * ds[t]
     combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
     scale_float: Any  # (f, sums, scales, d, stride) -> f + sums * (scales * d[t])
-    fma: Any  # (f, panel, x, stride) -> f + weights * x[t], float32 panels
+    fma: Any  # (f, rows, x, stride) -> f + rows * x[t]; rows of the element given to make_tile
+    store: Any  # (address, stride, f): rows of 2 W float32, `stride` bytes apart
+    add: Any  # (f, g) -> f + g
     add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
 
 
@@ -47,13 +49,22 @@ def _vec_load(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.
     return _load(builder, builder.add(address, ir.Constant(I64, offset)), vector)
 
 
+def _load_f32(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return _load(builder, address, _F32)
+
+
+def _load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.fpext(_load(builder, address, _F16), _F32)
+
+
 def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -> ir.Value:
     return builder.add(base, builder.mul(stride, ir.Constant(I64, t)))
 
 
-def make_tile(n_tokens: int) -> Tile:  # noqa: C901 - one list of small words
-    """The words for tiles of 2 W rows by `n_tokens`."""
+def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one list of small words
+    """The words for tiles of 2 W rows by `n_tokens`; `element` is what fma reads rows of: f32 or f16."""
     count = 2 * n_tokens
+    load_as_f32, row_bytes = (_load_f16, 2 * W) if element == "f16" else (_load_f32, 4 * W)
     floats, ints = types.UniTuple(f32, count), types.UniTuple(i32, count)
 
     def unpack(builder: ir.IRBuilder, tile: ir.Value) -> list[ir.Value]:
@@ -140,6 +151,22 @@ def make_tile(n_tokens: int) -> Tile:  # noqa: C901 - one list of small words
             values.append(multiply_add(builder, builder.sitofp(a, _F32), low_rows[half], product))
         return pack(builder, values)
 
+    @vector_op(floats, floats, int64, int64, int64)
+    def fma(builder, f, rows, x, stride):
+        values = [load_as_f32(builder, builder.add(rows, ir.Constant(I64, half * row_bytes))) for half in range(2)]
+        tokens = broadcast(builder, x, stride, FLOAT)
+        return outer(builder, f, values, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+
+    @vector_op(types.void, int64, int64, floats)
+    def store(builder, address, stride, f):
+        for i, value in enumerate(unpack(builder, f)):
+            half, t = divmod(i, n_tokens)
+            _store(builder, builder.add(_at_token(builder, address, stride, t), ir.Constant(I64, half * VECTOR)), value)
+
+    @vector_op(floats, floats, floats)
+    def add(builder, f, g):
+        return pack(builder, [builder.fadd(a, b) for a, b in zip(unpack(builder, f), unpack(builder, g), strict=True)])
+
     @vector_op(types.void, int64, floats)
     def add_to(builder, totals, f):
         for i, value in enumerate(unpack(builder, f)):
@@ -149,7 +176,7 @@ def make_tile(n_tokens: int) -> Tile:  # noqa: C901 - one list of small words
 
     return Tile(
         n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_i8_value), dots(4, dot_u7_value),
-        scale, add_product, combine, scale_float, add_product, add_to,
+        scale, add_product, combine, scale_float, fma, store, add, add_to,
     )  # fmt: skip
 
 

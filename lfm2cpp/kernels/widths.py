@@ -22,3 +22,26 @@ PAGE_TOKENS = 64  # tokens of a KV page
 def activation_nbytes(n: int) -> int:
     """Bytes of one quantized activation row of n elements."""
     return -(-(n // 32) // W) * ACT_GROUP
+
+
+CHUNK_PAGES = 8
+CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS  # context that one softmax covers before results are merged
+QUERY_GROUP = 48  # tokens of a prefill unit of attention
+
+
+def padded_head(n_embd_head: int) -> int:
+    """Columns of a V row: whole pairs of vectors."""
+    return -(-n_embd_head // PANEL_ROWS) * PANEL_ROWS
+
+
+def panel_nbytes(n: int) -> int:
+    """Scratch bytes that a product with rows of n needs at most: a panel of any type and its sums."""
+    blocks = -(-n // 32)
+    runs = -(-n // PANEL_ROWS)
+    return max(blocks * 88 * W, runs * PANEL_ROWS * 4 * PANEL_ROWS) + 64 * W * W + 4096
+
+
+def attention_nbytes(n_padded: int) -> int:
+    """Scratch bytes of attention: the scores of a tile, its results, the states of a group of tokens."""
+    row = 4 * (PANEL_ROWS + n_padded)
+    return 8 * 4 * CHUNK_TOKENS + (8 + QUERY_GROUP) * row + 4096

@@ -1,0 +1,306 @@
+"""Record the ops of a forward pass once; replay them for every batch.
+
+A method records one op and returns the rows it writes, so that a model file reads like the paper. Fusions, buffers and
+quantized copies of activations are decided here. A recorded op is a kernel and int64 arguments: addresses in the mapped
+file, in the arena, in the batch descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lfm2cpp.ggml import GGMLType
+from lfm2cpp.kernels import batch as at
+from lfm2cpp.kernels import widths
+from lfm2cpp.kernels.library import Kernel, Progress, library
+from lfm2cpp.kernels.team_layout import OP_ARGS, OP_FIELDS, OP_KERNEL, OP_SYNC, OP_WORK
+
+from .memory import ConvLayer, KVLayer, zeroed
+
+SLACK_ROWS = 8  # a tile may read (never use) this many rows beyond the last
+SPLIT_TOKENS = 16  # batches up to this size split attention over the context
+FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+KERNELS = "lfm2cpp.kernels."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in the mapped file: its address, NumPy shape, type and bytes a row."""
+
+    name: str
+    address: int
+    shape: tuple[int, ...]
+    ggml_type: GGMLType
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * (self.shape[0] if len(self.shape) > 1 else 1)
+
+
+@dataclass
+class Op:
+    """One recorded op. `macs` and `nbytes` are what one token costs, for the profile."""
+
+    kernel: str
+    label: str
+    args: dict[str, int]
+    sync: bool = True
+    macs: int = 0
+    nbytes: int = 0
+
+
+@dataclass
+class Rows:
+    """float32 rows that an op writes; quantized and chained copies exist once a product has asked for them."""
+
+    n: int
+    address: int
+    count: int  # address of the number of rows
+    producer: Op | None = None
+    act: int = 0
+    chained: int = 0
+
+
+@dataclass
+class CompiledPlan:
+    """A plan ready for a team: the op table and everything it points into."""
+
+    ops: list[Op]
+    ops_address: int
+    counters: np.ndarray
+    keep_alive: list[object] = field(repr=False)
+
+
+class Arena:
+    """Zeroed memory that is committed when first touched; addresses stay valid as long as the arena lives."""
+
+    def __init__(self) -> None:
+        self._areas: list[np.ndarray] = []
+
+    def take(self, nbytes: int) -> int:
+        self._areas.append(zeroed(nbytes))
+        return self._areas[-1].ctypes.data
+
+
+def float_bits(value: float) -> int:
+    """A float argument as kernels expect it."""
+    return int(np.float32(value).view(np.uint32))
+
+
+class Plan:
+    """Records ops for batches of up to n_batch tokens. With `trace`, every named intermediate keeps its own rows."""
+
+    def __init__(self, n_batch: int, n_threads: int, n_ctx: int, trace: bool = False) -> None:
+        self.n_batch, self.n_threads, self.n_ctx, self.trace = n_batch, n_threads, n_ctx, trace
+        self.ops: list[Op] = []
+        self.arena = Arena()
+        self.named: dict[str, Rows] = {}
+        self._shared: dict[tuple[str, int], int] = {}
+        self._scratch_bytes = 64 * 1024
+        self.batch = np.zeros(at.FIELDS, np.int64)
+        self.batch_address = self.batch.ctypes.data
+        self.all_rows = self.batch_address + 8 * at.N_TOKENS
+        self.out_rows = self.batch_address + 8 * at.N_OUT
+
+    # Buffers
+
+    def _rows(self, role: str, name: str, n: int, count: int | None = None, n_rows: int | None = None) -> Rows:
+        """Rows of n for an op's result: shared by all ops of the same role, or its own when tracing."""
+        key = (name if self.trace else role, n)
+        if key not in self._shared:
+            self._shared[key] = self.arena.take(4 * n * ((n_rows or self.n_batch) + SLACK_ROWS) + 4096)
+        rows = Rows(n, self._shared[key], count or self.all_rows)
+        self.named[name] = rows
+        return rows
+
+    def _side_buffer(self, role: str, nbytes: int) -> int:
+        key = (role, nbytes)
+        if key not in self._shared:
+            self._shared[key] = self.arena.take(nbytes)
+        return self._shared[key]
+
+    def scratch(self, nbytes: int) -> None:
+        """Make sure that a thread has this much scratch memory."""
+        self._scratch_bytes = max(self._scratch_bytes, nbytes)
+
+    def view(self, rows: Rows) -> np.ndarray:
+        """The rows' memory as an array (n_batch, n)."""
+        return self._array(rows.address, np.dtype(np.float32), (self.n_batch, rows.n))
+
+    def int32_view(self, address: int) -> np.ndarray:
+        """n_batch int32 at an address that this plan gave out."""
+        return self._array(address, np.dtype(np.int32), (self.n_batch,))
+
+    def _array(self, address: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        nbytes = dtype.itemsize * math.prod(shape)
+        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype).reshape(shape)
+
+    # Recording
+
+    def _record(self, kernel: str, label: str, args: dict[str, int], **cost: int) -> Op:
+        op = Op(KERNELS + kernel, label, args, **cost)  # type: ignore[arg-type]
+        self.ops.append(op)
+        return op
+
+    def _quantized(self, x: Rows) -> int:
+        """Address of x as int8 rows; its producer writes them along if it can, else an op of their own does."""
+        if not x.act:
+            x.act = self._side_buffer(f"act {x.n}", self._act_nbytes(x.n))  # by width: padding must stay zero
+            if x.producer is not None and "act" in x.producer.args:
+                x.producer.args["act"] = x.act
+            else:
+                args = {"x": x.address, "n": x.n, "act": x.act, "count": x.count}
+                self._record("ops:quantize_rows", "quantize", args)
+        return x.act
+
+    def _act_nbytes(self, n: int) -> int:
+        return widths.activation_nbytes(n) * (self.n_batch + SLACK_ROWS) + 4096
+
+    def _chained(self, x: Rows) -> int:
+        if not x.chained:
+            runs = -(-x.n // widths.PANEL_ROWS)
+            nbytes = 4 * runs * widths.PANEL_ROWS * (self.n_batch + SLACK_ROWS) + 4096
+            x.chained = self._side_buffer(f"chained {x.n}", nbytes)
+            args = {"x": x.address, "n": x.n, "chained": x.chained, "count": x.count}
+            self._record("mul_mat_float:chain_rows", "chain", args)
+        return x.chained
+
+    def get_rows(self, w: Weight, name: str) -> Rows:
+        """The embedding rows of the batch's tokens: (n_tokens, n_embd)."""
+        n = w.shape[1]
+        out = self._rows("x", name, n)
+        args = {"w": w.address, "row_bytes": w.row_bytes, "n": n, "tokens": self.batch_address + 8 * at.TOKENS,
+                "out": out.address, "count": out.count}  # fmt: skip
+        self._record(f"get_rows:get_rows_{kernel_type(w)}", "get_rows", args, nbytes=w.row_bytes)
+        return out
+
+    def rms_norm(self, x: Rows, weight: Weight, eps: float, name: str, *, wanted_only: bool = False) -> Rows:
+        """weight * x / rms(x); with wanted_only, of the rows whose logits are asked for."""
+        out = self._rows("norm", name, x.n, self.out_rows if wanted_only else None)
+        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n": x.n, "out": out.address,
+                "act": 0, "rows": 0, "count": out.count}  # fmt: skip
+        if wanted_only:
+            args["rows"] = self._side_buffer("out_rows", 4 * (self.n_batch + SLACK_ROWS))
+            self.batch[at.OUT_ROWS] = args["rows"]
+        out.producer = self._record("ops:rms_norm", "rms_norm", args)
+        return out
+
+    def mul_mat(self, w: Weight, x: Rows, name: str, *, sync: bool = True) -> Rows:
+        """x w^T: (n_rows, n) by (n_tokens, n) -> (n_tokens, n_rows). sync=False: the next op does not need it."""
+        out = self._rows(name.rsplit("-", 1)[0], name, w.shape[0], x.count)
+        self._mul_mat(w, x, out, 0).sync = sync
+        return out
+
+    def mul_mat_add(self, w: Weight, x: Rows, residual: Rows, name: str, sum_name: str) -> Rows:
+        """residual + x w^T. The sum takes the residual's place, unless both are traced."""
+        if self.trace:
+            return self.add(residual, self.mul_mat(w, x, name), sum_name)
+        out = Rows(residual.n, residual.address, residual.count)
+        self._mul_mat(w, x, out, residual.address)
+        return out
+
+    def _mul_mat(self, w: Weight, x: Rows, out: Rows, add: int) -> Op:
+        n_rows, n = w.shape
+        args = {"w": w.address, "n_rows": n_rows, "n": n, "out": out.address, "add": add, "count": x.count}
+        if w.ggml_type in FLOAT_TYPES:
+            module = "mul_mat_float"
+            args |= {"x": x.address, "chained": self._chained(x)}
+        else:
+            module = "mul_mat"
+            args |= {"act": self._quantized(x), "row_bytes": w.row_bytes}
+        kind = kernel_type(w)
+        self.scratch(widths.panel_nbytes(n) + 64 * 1024)
+        label = f"mul_mat {w.ggml_type.name}"
+        return self._record(f"{module}:mul_mat_{kind}", label, args, macs=n_rows * n, nbytes=w.nbytes)
+
+    def add(self, a: Rows, b: Rows, name: str) -> Rows:
+        """a + b."""
+        out = self._rows("sum", name, a.n)
+        args = {"a": a.address, "b": b.address, "n": a.n, "out": out.address, "count": a.count}
+        self._record("ops:add", "add", args)
+        return out
+
+    def swiglu(self, gate: Rows, up: Rows, name: str) -> Rows:
+        """silu(gate) * up."""
+        out = self._rows("swiglu", name, gate.n)
+        args = {"gate": gate.address, "up": up.address, "n": gate.n, "out": out.address, "act": 0,
+                "count": gate.count}  # fmt: skip
+        out.producer = self._record("ops:swiglu", "swiglu", args)
+        return out
+
+    def shortconv(self, bcx: Rows, conv: ConvLayer, il: int) -> Rows:
+        """C * conv(B * X) with the sequences' states; bcx: (n_tokens, 3 n_embd)."""
+        n = bcx.n // 3
+        out = self._rows("mixed", f"conv_out_gated-{il}", n)
+        args = {"bcx": bcx.address, "n": n, "weight": conv.weight_address, "l_cache": conv.l_cache,
+                "state_offset": conv.state_offset, "snapshot_offset": conv.snapshot_offset, "bx": 0, "conv": 0,
+                "out": out.address, "act": 0, "batch": self.batch_address}  # fmt: skip
+        if self.trace:
+            args["bx"] = self._rows("bx", f"bx-{il}", n).address
+            args["conv"] = self._rows("conv", f"conv-{il}", n).address
+        out.producer = self._record("shortconv:shortconv", "shortconv", args)
+        return out
+
+    def norm_rope(self, x: Rows, weight: Weight, eps: float, n_head: int, table: int, name: str) -> Rows:
+        """rope(weight * x / rms(x)) per head."""
+        kind, il = name.split("_rope")
+        normed = self._rows(f"{kind}_norm", f"{kind}_norm{il}", x.n)
+        out = self._rows(f"{kind}_rope", name, x.n)
+        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n_head": n_head,
+                "n_embd_head": x.n // n_head, "table": table, "normed": normed.address, "out": out.address,
+                "batch": self.batch_address}  # fmt: skip
+        # Heads are dealt to threads as store_kv deals them: only the last op before attention needs a barrier.
+        self._record("rope:norm_rope", "rope", args).sync = False
+        return out
+
+    def attention(self, q: Rows, k: Rows, v: Rows, kv: KVLayer, il: int) -> Rows:
+        """Store k and v, then softmax(q k^T / sqrt(n_embd_head)) v over each sequence's context."""
+        n_head = q.n // kv.n_embd_head
+        n_padded = widths.padded_head(kv.n_embd_head)
+        shape = {"n_head_kv": kv.n_head_kv, "n_embd_head": kv.n_embd_head, "n_padded": n_padded,
+                 "k_offset": kv.k_offset, "v_offset": kv.v_offset, "batch": self.batch_address}  # fmt: skip
+        self._record(f"rope:store_kv_{kv.kv_type}", "store_kv", {"k": k.address, "v": v.address} | shape)
+        out = self._rows("mixed", f"attn-{il}", q.n)
+        row_bytes = 4 * (widths.PANEL_ROWS + n_padded)
+        n_chunks = -(-self.n_ctx // widths.CHUNK_TOKENS)
+        parts = self._side_buffer("parts", SPLIT_TOKENS * n_head * n_chunks * row_bytes)
+        self.scratch(widths.attention_nbytes(n_padded))
+        args = {"q": q.address, "n_head": n_head, "scale": float_bits(kv.n_embd_head**-0.5), "parts": parts,
+                "out": out.address, "act": 0}  # fmt: skip
+        whole = self._record(f"attention:attention_{kv.kv_type}", "attention", args | shape)
+        merge = {"parts": parts, "n_head": n_head, "n_embd_head": kv.n_embd_head, "n_padded": n_padded,
+                 "out": out.address, "act": 0, "batch": self.batch_address}  # fmt: skip
+        merged = self._record("attention:merge_parts", "attention", merge)
+        if kv.n_embd_head % 32 == 0:
+            # Heads are whole blocks: whichever of the two finishes a row also quantizes it.
+            out.act = self._side_buffer(f"act {out.n}", self._act_nbytes(out.n))
+            whole.args["act"] = merged.args["act"] = out.act
+        return out
+
+    def finish(self, progress: Progress | None = None) -> CompiledPlan:
+        """Load the kernels and lay out the op table."""
+        scratch_bytes = -(-self._scratch_bytes // 4096) * 4096
+        scratch = self.arena.take(scratch_bytes * self.n_threads)
+        kernels = library().load([op.kernel for op in self.ops], progress)
+        table = np.zeros((len(self.ops), OP_FIELDS), np.int64)
+        counters = np.zeros((len(self.ops) + 1, 8), np.int64)
+        keep: list[object] = [table, counters, self.arena, self.batch]
+        for i, op in enumerate(self.ops):
+            kernel: Kernel = kernels[op.kernel]
+            values = op.args | {"scratch": scratch, "scratch_bytes": scratch_bytes}
+            row = np.array([values[name] for name in kernel.params], np.int64)
+            keep.append(row)
+            table[i, OP_KERNEL], table[i, OP_ARGS] = kernel.address, row.ctypes.data
+            table[i, OP_WORK], table[i, OP_SYNC] = counters[i].ctypes.data, int(op.sync)
+        return CompiledPlan(self.ops, table.ctypes.data, counters, keep)
+
+
+def kernel_type(w: Weight) -> str:
+    """A type as kernels spell it: q4_0, q6_K, bf16."""
+    name = w.ggml_type.name
+    return name[:-1].lower() + name[-1] if name.endswith("_K") else name.lower()

@@ -1,0 +1,267 @@
+"""Causal grouped-query attention over paged K and V.
+
+The context is cut into chunks of CHUNK_TOKENS at absolute positions. Within a chunk: all scores, one softmax, one
+weighted sum; chunks are merged in order. Few tokens (decode) are split over their chunks, many (prefill) are grouped,
+and both do the same arithmetic in the same order, so results depend neither on the batch nor on the threads.
+
+K lies transposed in its pages, so that keys are lanes: a score is a chain of multiply-adds over the head's dimensions
+and needs no sum across lanes. The same holds for V's columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .activation import activation_stride, n_groups_of, quantize_block
+from .batch import N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, N_RUNS, SPLIT_CHUNKS
+from .compiler import F32, device, kernel
+from .math import exp
+from .scalar import atomic_add, load_i32, load_i64
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
+from .tile import TILE_TOKENS, make_tile
+from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP
+
+SMALL_TILE = 2
+LOWEST = -3.0e38
+RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
+
+
+def make_scores(n_queries: int, element: str, size: int) -> Any:
+    tile = make_tile(n_queries, element)
+    zero, step, put = tile.zero, tile.fma, tile.store
+
+    @device
+    def scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, out):
+        """out[query, key] = q . k for the first n_keys of a chunk (rounded up); out rows of CHUNK_TOKENS"""
+        for key in range(0, n_keys, 2 * W):
+            page, slot = divmod(key, PAGE_TOKENS)
+            k = load_i64(pages + 8 * page) + k_offset + size * slot
+            f = zero(0)
+            for i in range(n_embd_head):
+                f = step(f, k + size * i * PAGE_TOKENS, q + 4 * i, q_stride)
+            put(out + 4 * key, 4 * CHUNK_TOKENS, f)
+
+    return scores
+
+
+def make_weighted_sum(n_queries: int, element: str, size: int) -> Any:
+    tile = make_tile(n_queries, element)
+    zero, step, put = tile.zero, tile.fma, tile.store
+
+    @device
+    def weighted_sum(p, pages, v_offset, n_padded, n_keys, out, out_stride):
+        """out[query, column] = sum of p[query, key] * v[key, column]"""
+        for column in range(0, n_padded, 2 * W):
+            f = zero(0)
+            for page in range((n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS):
+                v = load_i64(pages + 8 * page) + v_offset + size * column
+                first = page * PAGE_TOKENS
+                for key in range(first, min(n_keys, first + PAGE_TOKENS)):
+                    f = step(f, v + size * (key - first) * n_padded, p + 4 * key, 4 * CHUNK_TOKENS)
+            put(out + 4 * column, out_stride, f)
+
+    return weighted_sum
+
+
+@device
+def softmax_row(scores, n_valid, n_keys, scale, result):
+    """scores -> exp(scale * score - maximum), zero from n_valid on; the maximum and the sum go to result"""
+    factor = splat_f32(scale)
+    peak = splat_f32(LOWEST)
+    for key in range(0, n_keys, W):
+        s = keep_first(load_f32(scores + 4 * key) * factor, n_valid - key, LOWEST)
+        store_f32(scores + 4 * key, s)
+        peak = maximum(s, peak)
+    top = max_lanes(peak)
+    shift = splat_f32(top)
+    total = splat_f32(0.0)
+    for key in range(0, n_keys, W):
+        p = keep_first(exp(load_f32(scores + 4 * key) - shift), n_valid - key, 0.0)
+        store_f32(scores + 4 * key, p)
+        total = total + p
+    store_scalar(result, top)
+    store_scalar(result + 4, sum_lanes(total))
+
+
+@device
+def exp_scalar(x):
+    return max_lanes(exp(splat_f32(x)))
+
+
+@device
+def merge(state, part, n_padded, is_first):
+    """state <- state and part together; both hold a maximum, a sum of weights and a weighted sum"""
+    if is_first:
+        for i in range(0, RESULT_HEAD + n_padded, W):
+            store_f32(state + 4 * i, load_f32(part + 4 * i))
+        return
+    old, new = load_scalar(state), load_scalar(part)
+    top = max(old, new)
+    a, b = exp_scalar(old - top), exp_scalar(new - top)
+    store_scalar(state, top)
+    store_scalar(state + 4, load_scalar(state + 4) * a + load_scalar(part + 4) * b)
+    wa, wb = splat_f32(a), splat_f32(b)
+    for i in range(RESULT_HEAD, RESULT_HEAD + n_padded, W):
+        where = 4 * i
+        store_f32(state + where, load_f32(state + where) * wa + load_f32(part + where) * wb)
+
+
+@device
+def finish_head(state, n_embd_head, out):
+    """out = weighted sum / sum of weights"""
+    inverse = np.float32(1.0) / load_scalar(state + 4)
+    for i in range(n_embd_head):
+        store_scalar(out + 4 * i, load_scalar(state + 4 * (RESULT_HEAD + i)) * inverse)
+
+
+@device
+def quantize_head(out, act, n_groups, head, n_embd_head):
+    """The blocks of one head; heads are whole blocks where `act` is given."""
+    for i in range(0, n_embd_head, 32):
+        quantize_block(out + 4 * i, act, n_groups, (head * n_embd_head + i) // 32)
+
+
+def make_attend(n_queries: int, element: str, size: int) -> Any:
+    """attend: one chunk of context for a tile of queries."""
+    scores, weighted_sum = make_scores(n_queries, element, size), make_weighted_sum(n_queries, element, size)
+
+    @device
+    def attend(q, q_stride, n_embd_head, n_padded, pages, k_offset, v_offset, valid, valid_step, count, scale, s, out):
+        """Query i sees the chunk's first valid + i * valid_step keys. s: scratch, n_queries rows; out: results."""
+        n_keys = min(CHUNK_TOKENS, valid + valid_step * (count - 1))
+        row = 4 * (RESULT_HEAD + n_padded)
+        scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, s)
+        rounded = (n_keys + W - 1) // W * W
+        for i in range(count):
+            n_valid = min(CHUNK_TOKENS, max(0, valid + i * valid_step))
+            softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, out + i * row)
+        weighted_sum(s, pages, v_offset, n_padded, n_keys, out + 4 * RESULT_HEAD, row)
+
+    return attend
+
+
+def make_attention(element: str, size: int) -> Any:
+    wide, small = make_attend(TILE_TOKENS, element, size), make_attend(SMALL_TILE, element, size)
+
+    @device
+    def one_token(unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, s):
+        """Unit (token, kv head, chunk): its query heads as a tile; the results go to their place in parts."""
+        n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
+        n_gqa = n_head // n_head_kv
+        token_head, chunk = divmod(unit, n_chunks)
+        t, head_kv = divmod(token_head, n_head_kv)
+        run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * load_i32(load_i64(batch + 8 * RUN_OF) + 4 * t)
+        n_keys = load_i32(load_i64(batch + 8 * POSITIONS) + 4 * t) + 1 - chunk * CHUNK_TOKENS
+        if n_keys <= 0:
+            return
+        pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
+        k, v = k_offset + head_kv * size * n_embd_head * PAGE_TOKENS, v_offset + head_kv * size * PAGE_TOKENS * n_padded
+        row = 4 * (RESULT_HEAD + n_padded)
+        j = 0
+        while j < n_gqa:
+            head = head_kv * n_gqa + j
+            at = q + 4 * (t * n_head + head) * n_embd_head
+            count = min(SMALL_TILE, n_gqa - j)
+            small(
+                at, 4 * n_embd_head, n_embd_head, n_padded, pages, k, v, min(n_keys, CHUNK_TOKENS), 0, count, scale, s,
+                s + 4 * SMALL_TILE * CHUNK_TOKENS,
+            )
+            for i in range(count):
+                place = ((t * n_head + head + i) * n_chunks + chunk) * row
+                merge(parts + place, s + 4 * SMALL_TILE * CHUNK_TOKENS + i * row, n_padded, True)
+            j += SMALL_TILE
+
+    @device
+    def token_group(run, begin, count, head, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale,
+                    positions, out, act, s):  # fmt: skip
+        """Tokens begin .. begin + count - 1 of a run, one query head: all their chunks, then the finished rows."""
+        head_kv = head // (n_head // n_head_kv)
+        k, v = k_offset + head_kv * size * n_embd_head * PAGE_TOKENS, v_offset + head_kv * size * PAGE_TOKENS * n_padded
+        row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_head * n_embd_head
+        parts = s + 4 * TILE_TOKENS * CHUNK_TOKENS
+        states = parts + TILE_TOKENS * row
+        past = load_i32(positions + 4 * begin)
+        n_chunks = (past + count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+        for chunk in range(n_chunks):
+            pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
+            for i in range(0, count, TILE_TOKENS):
+                n = min(TILE_TOKENS, count - i)
+                valid = past + i + 1 - chunk * CHUNK_TOKENS
+                if valid + n - 1 <= 0:
+                    continue
+                at = q + (begin + i) * stride + 4 * head * n_embd_head
+                wide(at, stride, n_embd_head, n_padded, pages, k, v, valid, 1, n, scale, s, parts)
+                for j in range(n):
+                    if valid + j > 0:
+                        merge(states + (i + j) * row, parts + j * row, n_padded, chunk == 0)
+        n_groups, act_stride = n_groups_of(n_head * n_embd_head), activation_stride(n_head * n_embd_head)
+        for i in range(count):
+            at = out + (begin + i) * stride + 4 * head * n_embd_head
+            finish_head(states + i * row, n_embd_head, at)
+            if act:
+                quantize_head(at, act + (begin + i) * act_stride, n_groups, head, n_embd_head)
+
+    def attention(q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale: F32, parts, out, act, batch,
+                  scratch, scratch_bytes, work, ith, nth):  # fmt: skip
+        """out[t] = softmax(scale * q k^T) v per head; q, out: (n_tokens, n_head * n_embd_head) float32.
+
+        With SPLIT_CHUNKS set, only leaves results in `parts`, [token][head][chunk], for merge_parts.
+        """
+        s = scratch + ith * scratch_bytes
+        n_split = load_i64(batch + 8 * SPLIT_CHUNKS)
+        if n_split:
+            n_units = load_i64(batch + 8 * N_TOKENS) * n_head_kv * n_split
+            unit = atomic_add(work, 1)
+            while unit < n_units:
+                one_token(
+                    unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, s
+                )
+                unit = atomic_add(work, 1)
+            return
+        positions = load_i64(batch + 8 * POSITIONS)
+        unit = atomic_add(work, 1)
+        passed = 0
+        for r in range(load_i64(batch + 8 * N_RUNS)):
+            run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
+            begin, n_tokens = load_i64(run + 8 * RUN_FIRST), load_i64(run + 8 * RUN_TOKENS)
+            n_units = (n_tokens + QUERY_GROUP - 1) // QUERY_GROUP * n_head
+            while unit < passed + n_units:
+                group, head = divmod(unit - passed, n_head)
+                first = group * QUERY_GROUP
+                token_group(
+                    run, begin + first, min(QUERY_GROUP, n_tokens - first), head, q, n_head, n_head_kv, n_embd_head,
+                    n_padded, k_offset, v_offset, scale, positions, out, act, s,
+                )
+                unit = atomic_add(work, 1)
+            passed += n_units
+
+    return kernel(attention)
+
+
+@kernel
+def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, scratch_bytes, ith, nth):
+    """The chunks that attention left in parts, in order -> finished rows of out."""
+    n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
+    if n_chunks == 0:
+        return
+    state = scratch + ith * scratch_bytes
+    row = 4 * (RESULT_HEAD + n_padded)
+    n_groups, act_stride = n_groups_of(n_head * n_embd_head), activation_stride(n_head * n_embd_head)
+    positions = load_i64(batch + 8 * POSITIONS)
+    for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head, nth):
+        t, head = divmod(unit, n_head)
+        mine = (load_i32(positions + 4 * t) + CHUNK_TOKENS) // CHUNK_TOKENS
+        for chunk in range(mine):
+            merge(state, parts + (unit * n_chunks + chunk) * row, n_padded, chunk == 0)
+        at = out + 4 * unit * n_embd_head
+        finish_head(state, n_embd_head, at)
+        if act:
+            quantize_head(at, act + t * act_stride, n_groups, head, n_embd_head)
+
+
+attention_f16 = make_attention("f16", 2)
+attention_f32 = make_attention("f32", 4)

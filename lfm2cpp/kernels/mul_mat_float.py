@@ -1,0 +1,219 @@
+"""out[t] = W x[t] for F32, F16 and BF16 weights by float32 activations.
+
+The same two ways and the same promise as mul_mat.py; here lane c of a row's sum takes the columns k with k % W == c, as
+two chains (even and odd runs of W columns) that are added at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .compiler import device, kernel
+from .mul_mat import rows_of_chunk, store_rows
+from .scalar import atomic_add, load_i64, load_u8, store_i8
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
+from .tile import TILE_TOKENS, make_tile
+from .weights import floats
+
+RUN = 2 * W  # columns that advance both chains of every lane by one
+SMALL_TILE = 2
+
+
+@device
+def runs_of(n):
+    return (n + RUN - 1) // RUN
+
+
+@kernel
+def chain_rows(x, n, chained, count, ith, nth):
+    """Copy float32 rows chain by chain, for prefill: chained[t, 2 lane + odd, m] = x[t, m RUN + odd W + lane]."""
+    n_tokens = load_i64(count)
+    if n_tokens == 1:
+        return
+    runs = runs_of(n)
+    for t in range(ith, n_tokens, nth):
+        row = x + 4 * t * n
+        out = chained + 4 * t * runs * RUN
+        for k in range(runs * RUN):
+            m, column = divmod(k, RUN)
+            odd, lane = divmod(column, W)
+            value = load_scalar(row + 4 * k) if k < n else 0.0
+            store_scalar(out + 4 * ((2 * lane + odd) * runs + m), value)
+
+
+def make_row_sums(weights: floats.FloatWeights) -> Any:
+    load, size = weights.load, weights.size
+
+    @device
+    def copy_tail(row, x, left, scratch):
+        """The last columns of a row and of x, completed with zeros: RUN of each."""
+        for i in range(RUN * size):
+            store_i8(scratch + i, load_u8(row + i) if i < left * size else 0)
+        for i in range(left):
+            store_scalar(scratch + RUN * 4 + 4 * i, load_scalar(x + 4 * i))
+        for i in range(left, RUN):
+            store_scalar(scratch + RUN * 4 + 4 * i, 0.0)
+
+    @device
+    def sum_row(row, x, n, scratch):
+        even = splat_f32(0.0)
+        odd = splat_f32(0.0)
+        for k in range(0, n - RUN + 1, RUN):
+            even = fma(load(row + k * size), load_f32(x + 4 * k), even)
+            odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
+        left = n % RUN
+        if left:
+            copy_tail(row + (n - left) * size, x + 4 * (n - left), left, scratch)
+            even = fma(load(scratch), load_f32(scratch + RUN * 4), even)
+            odd = fma(load(scratch + W * size), load_f32(scratch + RUN * 4 + 4 * W), odd)
+        return even + odd
+
+    return sum_row
+
+
+def make_decode(weights: floats.FloatWeights) -> Any:
+    sum_row, size = make_row_sums(weights), weights.size
+
+    @device
+    def decode_rows(w, n_rows, n, x, out, add, first, last, scratch):
+        lanes = scratch + RUN * 8
+        columns = lanes + 4 * W * W
+        for row in range(first, last, W):
+            for r in range(W):
+                address = w + min(row + r, n_rows - 1) * n * size
+                store_f32(lanes + r * 4 * W, sum_row(address, x, n, scratch))
+            store_rows(lanes, columns, out, add, row, n_rows)
+
+    return decode_rows
+
+
+def make_unpack(weights: floats.FloatWeights) -> Any:
+    load, size = weights.load, weights.size
+
+    @device
+    def unpack_square(w, n, k, square):
+        """Columns k .. k + W - 1 of W rows as float32, zeros beyond column n."""
+        for r in range(W):
+            row = w + (r * n + k) * size
+            if k + W <= n:
+                store_f32(square + r * 4 * W, load(row))
+                continue
+            bytes_left = max(0, n - k) * size
+            for i in range(W * size):
+                store_i8(square + W * 4 * W + i, load_u8(row + i) if i < bytes_left else 0)
+            store_f32(square + r * 4 * W, load(square + W * 4 * W))
+
+    @device
+    def unpack_panel(w, n, panel, square):
+        runs = runs_of(n)
+        columns = square + 4 * W * (W + 1)
+        for m in range(runs):
+            for odd in range(2):
+                for half in range(2):
+                    unpack_square(w + half * W * n * size, n, m * RUN + odd * W, square)
+                    transpose_square(square, columns, 4 * W)
+                    for lane in range(W):
+                        where = panel + ((2 * lane + odd) * runs + m) * 8 * W + half * 4 * W
+                        store_f32(where, load_f32(columns + lane * 4 * W))
+
+    return unpack_panel
+
+
+def make_run_tile(n_tokens: int) -> Any:
+    tile = make_tile(n_tokens)
+    zero, step, add, add_to = tile.zero, tile.fma, tile.add, tile.add_to
+
+    @device
+    def run_chain(panel, x, runs, stride):
+        f = zero(0)
+        for m in range(runs):
+            f = step(f, panel + m * 8 * W, x + 4 * m, stride)
+        return f
+
+    @device
+    def run_tile(panel, x, n, stride, totals):
+        runs = runs_of(n)
+        for i in range(2 * n_tokens):
+            store_f32(totals + i * 4 * W, splat_f32(0.0))
+        for lane in range(W):
+            even = run_chain(panel, x, runs, stride)
+            odd = run_chain(panel + runs * 8 * W, x + 4 * runs, runs, stride)
+            add_to(totals, add(even, odd))
+            panel += 2 * runs * 8 * W
+            x += 8 * runs
+
+    return run_tile
+
+
+def make_prefill(weights: floats.FloatWeights) -> Any:
+    unpack_panel, size = make_unpack(weights), weights.size
+    wide, small = make_run_tile(TILE_TOKENS), make_run_tile(SMALL_TILE)
+
+    @device
+    def store_tile(totals, out, add, ld, t, count, row):
+        for i in range(count):
+            for half in range(2):
+                where = (t + i) * ld + 4 * row + half * 4 * W
+                value = load_f32(totals + (2 * i + half) * 4 * W)
+                if add:
+                    value = value + load_f32(add + where)
+                store_f32(out + where, value)
+
+    @device
+    def prefill_panel(w, n, chained, out, add, ld, row, n_tokens, scratch):
+        totals = scratch
+        square = totals + TILE_TOKENS * 8 * W
+        panel = square + 4 * W * (2 * W + 1)
+        stride = 4 * runs_of(n) * RUN
+        unpack_panel(w + row * n * size, n, panel, square)
+        t = 0
+        while t < n_tokens:
+            left = n_tokens - t
+            if left <= SMALL_TILE:
+                small(panel, chained + t * stride, n, stride, totals)
+                store_tile(totals, out, add, ld, t, left, row)
+                t += SMALL_TILE
+            else:
+                wide(panel, chained + t * stride, n, stride, totals)
+                store_tile(totals, out, add, ld, t, min(left, TILE_TOKENS), row)
+                t += TILE_TOKENS
+
+    return prefill_panel
+
+
+def make_mul_mat(weights: floats.FloatWeights) -> Any:
+    """The mul_mat kernel of a float type."""
+    decode_rows, prefill_panel = make_decode(weights), make_prefill(weights)
+
+    def mul_mat(w, n_rows, n, x, chained, out, add, count, scratch, scratch_bytes, work, ith, nth):
+        """out[t] = w x[t] (+ add[t]); w: (n_rows, n), x: (n_tokens, n) float32, chained: its copy by chain_rows."""
+        n_tokens = load_i64(count)
+        mine = scratch + ith * scratch_bytes
+        if n_tokens == 0:
+            return
+        if n_tokens == 1:
+            step = rows_of_chunk(n_rows, nth, W)
+            first = atomic_add(work, 1) * step
+            while first < n_rows:
+                decode_rows(w, n_rows, n, x, out, add, first, min(first + step, n_rows), mine)
+                first = atomic_add(work, 1) * step
+            return
+        ld = 4 * n_rows
+        row = atomic_add(work, 1) * (2 * W)
+        while row < n_rows:
+            if row + 2 * W <= n_rows:
+                prefill_panel(w, n, chained, out, add, ld, row, n_tokens, mine)
+            else:
+                for t in range(n_tokens):
+                    below = add + t * ld if add else 0
+                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, below, row, n_rows, mine)
+            row = atomic_add(work, 1) * (2 * W)
+
+    return kernel(mul_mat)
+
+
+mul_mat_f32 = make_mul_mat(floats.f32)
+mul_mat_f16 = make_mul_mat(floats.f16)
+mul_mat_bf16 = make_mul_mat(floats.bf16)

@@ -1,0 +1,133 @@
+"""Replay a recorded plan on a team of threads: one native call a thread and slice.
+
+The plan is a table of ops, OP_FIELDS int64 each. Every thread walks the same rows; a barrier follows an op that others
+depend on. Threads that find nothing to do spin for a short while and then return, so that Python can put them to sleep.
+"""
+
+from __future__ import annotations
+
+from .compiler import device, kernel
+from .scalar import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap,
+    call_address,
+    call_kernel,
+    compare_and_swap,
+    load_i64,
+    pause,
+    store_i64,
+)
+from .team_layout import (
+    ARRIVED,
+    CLOCK,
+    CLOSING,
+    FIRST_OP,
+    GENERATION,
+    LAST_OP,
+    N_PARKED,
+    NO_RESULT,
+    OP_ARGS,
+    OP_FIELDS,
+    OP_KERNEL,
+    OP_SYNC,
+    OP_WORK,
+    OPS,
+    PARKED,
+    PHASE,
+    PROFILE,
+    RUNNING,
+    SEEN,
+    STATE,
+    TIMESPEC,
+    WAKE,
+    WORKER_FIELDS,
+    WORKERS,
+    YIELD,
+)
+
+BARRIER_SPINS = 2000  # pauses before a waiting thread gives its core away; a pause is 40 to 140 cycles on x86
+IDLE_SPINS = 3000  # pauses before an idle thread goes to sleep: longer than sampling takes between two tokens
+
+
+@device
+def barrier(team, nth):
+    phase = atomic_load(team + 8 * PHASE)
+    if atomic_add(team + 8 * ARRIVED, 1) == nth - 1:
+        atomic_store(team + 8 * ARRIVED, 0)
+        atomic_store(team + 8 * PHASE, phase + 1)
+        return
+    spins = 0
+    while atomic_load(team + 8 * PHASE) == phase:
+        pause(0)
+        spins += 1
+        if spins > BARRIER_SPINS:
+            call_address(load_i64(team + 8 * YIELD), 0, 0)
+
+
+@device
+def read_clock(team):
+    """Nanoseconds, through the C library's clock_gettime(CLOCK_MONOTONIC, timespec)."""
+    timespec = team + 8 * TIMESPEC
+    call_address(load_i64(team + 8 * CLOCK), 1, timespec)
+    return load_i64(timespec) * 1_000_000_000 + load_i64(timespec + 8)
+
+
+@device
+def replay_slice(team, ith, nth):
+    ops, no_result = load_i64(team + 8 * OPS), load_i64(team + 8 * NO_RESULT)
+    profile = load_i64(team + 8 * PROFILE) if ith == 0 else 0
+    began = read_clock(team) if profile else 0
+    for i in range(load_i64(team + 8 * FIRST_OP), load_i64(team + 8 * LAST_OP)):
+        op = ops + 8 * OP_FIELDS * i
+        call_kernel(
+            load_i64(op + 8 * OP_KERNEL), no_result, load_i64(op + 8 * OP_ARGS), load_i64(op + 8 * OP_WORK), ith, nth
+        )
+        if load_i64(op + 8 * OP_SYNC):
+            barrier(team, nth)
+        if profile:
+            now = read_clock(team)
+            store_i64(profile + 8 * i, load_i64(profile + 8 * i) + now - began)
+            began = now
+
+
+@kernel
+def announce(team, nth):
+    """Begin a slice: workers that spin set out at once; those that are parked are marked for Python to wake."""
+    atomic_add(team + 8 * GENERATION, 1)
+    n_parked = 0
+    for i in range(1, nth):
+        worker = team + 8 * (WORKERS + WORKER_FIELDS * i)
+        parked = atomic_swap(worker + 8 * STATE, RUNNING)
+        store_i64(worker + 8 * WAKE, parked)
+        n_parked += parked
+    store_i64(team + 8 * N_PARKED, n_parked)
+
+
+@kernel
+def lead(team, nth):
+    """The calling thread's part of a slice; the team has been told by GENERATION."""
+    replay_slice(team, 0, nth)
+
+
+@kernel
+def follow(team, index, nth):
+    """A worker's life until it has been idle for a while: returns when parked or when the team closes."""
+    mine = team + 8 * (WORKERS + WORKER_FIELDS * index)
+    while True:
+        seen = load_i64(mine + 8 * SEEN)
+        spins = 0
+        while atomic_load(team + 8 * GENERATION) == seen:
+            pause(0)
+            spins += 1
+            if spins > IDLE_SPINS and compare_and_swap(mine + 8 * STATE, RUNNING, PARKED):
+                # A slice may have been announced just before: then stay, unless we are being woken already.
+                if atomic_add(team + 8 * GENERATION, 0) == seen or not compare_and_swap(
+                    mine + 8 * STATE, PARKED, RUNNING
+                ):
+                    return
+        store_i64(mine + 8 * SEEN, seen + 1)
+        if atomic_load(team + 8 * CLOSING):
+            return
+        replay_slice(team, index, nth)

@@ -1,0 +1,64 @@
+"""QK norm, rotary positions (NeoX: pairs are half a head apart), and storing K and V into pages."""
+
+from __future__ import annotations
+
+from .batch import POSITIONS, RUN_FIELDS, RUN_OF, RUN_PAGES, RUNS, N_TOKENS
+from .compiler import F32, device, kernel
+from .ops import inverse_rms
+from .scalar import load_f32, load_i32, load_i64, store_f16, store_f32
+from .widths import PAGE_TOKENS
+
+
+@device
+def rotate(x, table, half, out):
+    """out = x rotated; table holds half cosines, then half sines, of one position"""
+    for i in range(half):
+        a, b = load_f32(x + 4 * i), load_f32(x + 4 * (i + half))
+        cos, sin = load_f32(table + 4 * i), load_f32(table + 4 * (i + half))
+        store_f32(out + 4 * i, a * cos - b * sin)
+        store_f32(out + 4 * (i + half), b * cos + a * sin)
+
+
+@kernel
+def norm_rope(x, weight, eps: F32, n_head, n_embd_head, table, normed, out, batch, ith, nth):
+    """Per head: out = rope(weight * x / rms(x)); x, normed, out: (n_tokens, n_head * n_embd_head).
+
+    table: (n_ctx, n_embd_head) float32, cosines then sines of every position; it follows HF's float32 arithmetic.
+    """
+    positions = load_i64(batch + 8 * POSITIONS)
+    for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head, nth):
+        head = 4 * unit * n_embd_head
+        scale = inverse_rms(x + head, n_embd_head, eps)
+        for i in range(n_embd_head):
+            where = head + 4 * i
+            store_f32(normed + where, load_f32(weight + 4 * i) * (load_f32(x + where) * scale))
+        position = load_i32(positions + 4 * (unit // n_head))
+        rotate(normed + head, table + 4 * position * n_embd_head, n_embd_head // 2, out + head)
+
+
+def make_store_kv(store, size):
+    def store_kv(k, v, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, batch, ith, nth):
+        """Append K and V, (n_tokens, n_head_kv * n_embd_head) float32, to the pages of their sequences.
+
+        In a page, K is transposed: [n_head_kv][n_embd_head][PAGE_TOKENS]; V is [n_head_kv][PAGE_TOKENS][n_padded].
+        Units are dealt as norm_rope deals them, so a thread stores what it has itself rotated.
+        """
+        positions, run_of = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * RUN_OF)
+        runs = load_i64(batch + 8 * RUNS)
+        for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head_kv, nth):
+            t, head = divmod(unit, n_head_kv)
+            run = runs + 8 * RUN_FIELDS * load_i32(run_of + 4 * t)
+            page, slot = divmod(load_i32(positions + 4 * t), PAGE_TOKENS)
+            base = load_i64(load_i64(run + 8 * RUN_PAGES) + 8 * page)
+            k_out = base + k_offset + size * (head * n_embd_head * PAGE_TOKENS + slot)
+            v_out = base + v_offset + size * (head * PAGE_TOKENS + slot) * n_padded
+            source = 4 * unit * n_embd_head
+            for i in range(n_embd_head):
+                store(k_out + size * i * PAGE_TOKENS, load_f32(k + source + 4 * i))
+                store(v_out + size * i, load_f32(v + source + 4 * i))
+
+    return kernel(store_kv)
+
+
+store_kv_f16 = make_store_kv(store_f16, 2)
+store_kv_f32 = make_store_kv(store_f32, 4)

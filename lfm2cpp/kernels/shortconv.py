@@ -1,0 +1,104 @@
+"""The double-gated causal short convolution: out = C * conv(B * X), depthwise, with the state of each sequence.
+
+u[t] = B[t] * X[t];  v[t] = sum over k < l_cache of w[k] * u[t - d_conv + k],  u before the batch taken from the state.
+The state is the last d_conv columns of u. At the end of every KV page a copy of it goes into the page, so that a
+sequence can be taken back to any page end.
+"""
+
+from __future__ import annotations
+
+from .activation import activation_stride, n_groups_of, quantize_block
+from .batch import N_RUNS, RUN_CONV, RUN_FIELDS, RUN_FIRST, RUN_PAGES, RUN_PAST, RUN_TOKENS, RUNS
+from .compiler import device, kernel
+from .ops import SEGMENT
+from .scalar import load_i64
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .simd import W, load_f32, store_f32
+from .widths import PAGE_TOKENS
+
+
+@device
+def column(bcx, n, state, d_conv, t, i):
+    """u[t] of channel i; t counts from the run's first token, t < 0 reaches into the state"""
+    if t < 0:
+        return load_scalar(state + 4 * ((t + d_conv) * n + i))
+    row = bcx + 12 * t * n
+    return load_scalar(row + 4 * i) * load_scalar(row + 4 * (2 * n + i))
+
+
+@device
+def columns(bcx, n, state, d_conv, t, i):
+    """u[t] of W channels from i on"""
+    if t < 0:
+        return load_f32(state + 4 * ((t + d_conv) * n + i))
+    row = bcx + 12 * t * n
+    return load_f32(row + 4 * i) * load_f32(row + 4 * (2 * n + i))
+
+
+@device
+def conv_channel(bcx, n, weight, d_conv, state, t, i, bx, conv, out):
+    """One channel of one token: what conv_channels does W at a time."""
+    total = load_scalar(weight + 4 * i) * column(bcx, n, state, d_conv, t - d_conv, i)
+    for k in range(1, d_conv + 1):
+        total += load_scalar(weight + 4 * (k * n + i)) * column(bcx, n, state, d_conv, t - d_conv + k, i)
+    if bx:
+        store_scalar(bx + 4 * i, column(bcx, n, state, d_conv, t, i))
+        store_scalar(conv + 4 * i, total)
+    store_scalar(out + 4 * i, load_scalar(bcx + 4 * ((3 * t + 1) * n + i)) * total)
+
+
+@device
+def conv_channels(bcx, n, weight, d_conv, state, t, first, last, bx, conv, out):
+    """Channels first .. last - 1 of token t; bx, conv, out: their rows of this token"""
+    whole = first + (last - first) // W * W
+    for i in range(first, whole, W):
+        total = load_f32(weight + 4 * i) * columns(bcx, n, state, d_conv, t - d_conv, i)
+        for k in range(1, d_conv + 1):
+            total = total + load_f32(weight + 4 * (k * n + i)) * columns(bcx, n, state, d_conv, t - d_conv + k, i)
+        if bx:
+            store_f32(bx + 4 * i, columns(bcx, n, state, d_conv, t, i))
+            store_f32(conv + 4 * i, total)
+        store_f32(out + 4 * i, load_f32(bcx + 4 * ((3 * t + 1) * n + i)) * total)
+    for i in range(whole, last):
+        conv_channel(bcx, n, weight, d_conv, state, t, i, bx, conv, out)
+
+
+@device
+def save_columns(bcx, n, state, d_conv, t, first, last, destination):
+    """The last d_conv columns up to and including token t. In place when destination is the state: oldest first."""
+    for k in range(d_conv):
+        for i in range(first, last):
+            value = column(bcx, n, state, d_conv, t - d_conv + 1 + k, i)
+            store_scalar(destination + 4 * (k * n + i), value)
+
+
+@kernel
+def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, out, act, batch, ith, nth):
+    """bcx: (n_tokens, 3 n) float32, B, C, X side by side; weight: (l_cache, n); out: (n_tokens, n)
+
+    bx and conv (0 for none) keep B * X and its convolution. Offsets say where this layer's columns lie in a sequence's
+    state and in a page. Threads share out the channels, so that a sequence's tokens follow each other in one thread.
+    """
+    d_conv, n_groups, stride = l_cache - 1, n_groups_of(n), activation_stride(n)
+    segments = (n + SEGMENT - 1) // SEGMENT
+    for r in range(load_i64(batch + 8 * N_RUNS)):
+        run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
+        begin, n_tokens = load_i64(run + 8 * RUN_FIRST), load_i64(run + 8 * RUN_TOKENS)
+        past, pages = load_i64(run + 8 * RUN_PAST), load_i64(run + 8 * RUN_PAGES)
+        state = load_i64(run + 8 * RUN_CONV) + state_offset
+        rows = bcx + 12 * begin * n
+        for segment in range(segments * ith // nth, segments * (ith + 1) // nth):
+            first, last = segment * SEGMENT, min(n, (segment + 1) * SEGMENT)
+            for t in range(n_tokens):
+                row = 4 * (begin + t) * n
+                conv_channels(
+                    rows, n, weight, d_conv, state, t, first, last,
+                    bx + row if bx else 0, conv + row, out + row,
+                )  # fmt: skip
+                if act:
+                    quantize_block(out + row + 4 * first, act + (begin + t) * stride, n_groups, segment)
+                if (past + t + 1) % PAGE_TOKENS == 0:
+                    page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
+                    save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)
+            save_columns(rows, n, state, d_conv, n_tokens - 1, first, last, state)

@@ -1,0 +1,33 @@
+"""Where the fields of a thread team's shared memory lie, in int64. Numbers only, no Numba.
+
+What threads wait on has cache lines of its own.
+"""
+
+from __future__ import annotations
+
+GENERATION = 0  # slices announced so far
+ARRIVED = 8  # threads at the barrier
+PHASE = 16  # barriers passed
+CLOSING = 24
+OPS = 25  # address of the op table
+FIRST_OP = 26
+LAST_OP = 27
+NO_RESULT = 28  # where kernels leave their empty result
+YIELD = 29  # address of sched_yield or the like
+CLOCK = 30  # address of clock_gettime
+PROFILE = 31  # address of int64 nanoseconds an op, or 0
+TIMESPEC = 32  # two fields
+N_PARKED = 34  # workers that the last announcement found asleep
+WORKERS = 40  # then WORKER_FIELDS a worker, the first one (the leader's) unused
+WORKER_FIELDS = 16
+
+STATE = 0
+WAKE = 1  # 1 when the last announcement found this worker asleep
+SEEN = 8
+RUNNING, PARKED = 0, 1
+
+OP_KERNEL = 0
+OP_ARGS = 1
+OP_WORK = 2  # address of the op's work counter
+OP_SYNC = 3  # 1 when a barrier follows
+OP_FIELDS = 4
