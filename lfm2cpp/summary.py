@@ -27,11 +27,12 @@ def summarize(
     """A JSON-ready description of an open file. `check_tensors` reads all data and looks for NaN and Inf.
 
     Keys: file, metadata, tensors, types, parameters, bits_per_weight, model, state, template, non_finite, warnings,
-    refused. `model` and `state` are None for a file that cannot be run; `refused` then says why.
+    refused, chat_refused. The last two are None, or say why the file cannot be run or its template cannot be used;
+    `model` and `state` are None when they could not be made sense of.
     """
     n_params = sum(_elements(info.shape) for info in gguf.tensors.values())
     data_bytes = sum(info.nbytes for info in gguf.tensors.values())
-    facts, refused = _verdict(gguf)
+    facts, refused, chat_refused = _verdict(gguf)
     return {
         "file": {
             "path": str(gguf.path),
@@ -63,20 +64,30 @@ def summarize(
         "non_finite": [str(found) for found in find_non_finite(gguf, progress=progress)] if check_tensors else None,
         "warnings": gguf.warnings + (facts.warnings if facts is not None else []),
         "refused": refused,
+        "chat_refused": chat_refused,
     }
 
 
-def _verdict(gguf: GGUFFile) -> tuple[ModelFacts | None, str | None]:
-    """The model's facts and why it would be refused; facts may be sound while the vocabulary is not."""
+def _verdict(gguf: GGUFFile) -> tuple[ModelFacts | None, str | None, str | None]:
+    """The model's facts, why it would be refused, and why it could not chat. Facts may be sound and the vocabulary not."""
+    from .text.template import ChatTemplate
+    from .text.vocab import Vocab
+
     facts = None
+    prefix = f"{gguf.path}: "
     try:
         facts = validate_model(gguf)
-        from .text.vocab import Vocab
-
-        Vocab(gguf)
+        vocab = Vocab(gguf)
     except LFM2Error as error:
-        return facts, str(error).removeprefix(f"{gguf.path}: ")
-    return facts, None
+        return facts, str(error).removeprefix(prefix), None
+    try:
+        source = gguf.get("tokenizer.chat_template", ValueType.STRING, None)
+        if source is not None:
+            template = ChatTemplate(source, label=str(gguf.path), special_pieces=vocab.special_pieces)
+            template.render([{"role": "user", "content": "Hi"}])
+    except LFM2Error as error:
+        return facts, None, str(error).removeprefix(prefix)
+    return facts, None, None
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -72,7 +72,8 @@ class Progress:
             return
         amounts = [format_size(n) if self.unit == "B" else str(n) for n in (self.done, self.total)]
         elapsed = time.monotonic() - self._started
-        line = f"{self.label}: {10 * self._tenths:3d} % ({amounts[0]} of {amounts[1]}, {elapsed:.1f} s)"
+        percent = 100 * self.done // self.total if self.total else 100
+        line = f"{self.label}: {percent:3d} % ({amounts[0]} of {amounts[1]}, {elapsed:.1f} s)"
         print(line, file=sys.stderr, flush=True)
 
     def __exit__(

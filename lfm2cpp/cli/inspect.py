@@ -127,7 +127,7 @@ def _escaped(text: str) -> str:
 
 
 def _tensor_lines(summary: dict[str, Any]) -> list[str]:
-    width = max(len(_escaped(t["name"])) for t in summary["tensors"])
+    width = min(36, max(len(_escaped(t["name"])) for t in summary["tensors"]))
     return [
         f"  {_escaped(t['name']):<{width}}  {t['type']:<7} {format_size(t['nbytes']):>9}  "
         f"{' x '.join(map(str, t['shape']))}"
@@ -161,4 +161,6 @@ def _verdict_lines(summary: dict[str, Any]) -> list[str]:
     if summary["non_finite"] == []:
         verdicts.append("Tensors: no NaN, no Inf")
     verdicts.append("Runs: yes" if summary["refused"] is None else f"Runs: no: {summary['refused']}")
+    if summary["chat_refused"] is not None:
+        verdicts.append(f"Chat: no: {summary['chat_refused']}")
     return [line for text in verdicts for line in textwrap.wrap(_escaped(text), WIDTH, subsequent_indent="  ")]
