@@ -78,13 +78,16 @@ def make_row_sums(weights: ModuleType) -> Any:
 
 
 def make_decode(weights: ModuleType) -> Any:
-    """Rows by one token, for a block type. `scratch` is this thread's, its first 1088 W bytes zero at the start."""
+    """Rows by one token, for a block type. `scratch` is this thread's: an incomplete group, sums, their transpose."""
     sum_row = make_row_sums(weights)
 
     @device
     def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, scratch):
         lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
+        if n % (32 * W):
+            for i in range(0, TAIL_BYTES, 4 * W):
+                store_f32(scratch + i, splat_f32(0.0))
         for row in range(first, last, W):
             for r in range(W):
                 address = w + min(row + r, n_rows - 1) * row_bytes
