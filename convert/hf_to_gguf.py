@@ -7,7 +7,6 @@ not offer, gives the file that converting to f32 and quantizing to Q4_0 gives.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 from lfm2cpp.arch import lfm2
 from lfm2cpp.errors import CheckpointError, UsageError
+from lfm2cpp.files import check_destination
 from lfm2cpp.gguf import Metadata, TensorToWrite, gguf_size, write_gguf
 from lfm2cpp.terminal import Progress
 
@@ -90,10 +90,14 @@ def convert_hf_to_gguf(
 
 
 def _check_options(options: ConvertOptions) -> None:
+    """What can be told to be wrong before anything has been read, or downloaded."""
     if options.outtype not in OUTTYPES:
         raise UsageError(f"outtype {options.outtype!r}; choose one of: {', '.join(OUTTYPES)}")
     if options.force_pre not in (None, PRE):
         raise UsageError(f"--force-pre {options.force_pre!r}; the only pre-tokenizer of these models is {PRE}")
+    target = options.outfile
+    if target is not None and not (options.dry_run or target.is_dir() or "{" in target.name):
+        check_destination(target, force=options.force)
 
 
 def _plan_tensors(
@@ -138,10 +142,10 @@ def _metadata(
 
 def _writes(planned: Sequence[Planned], report: ValueReport, options: ConvertOptions) -> list[TensorToWrite]:
     """What the writer asks for, tensor by tensor, and after the last one the verdict on all values."""
-    encode_rows = _row_encoder(planned, options) if not options.dry_run else None
 
     def chunks(index: int) -> Iterator[Any]:
         tensor = planned[index]
+        encode_rows = None if tensor.ggml_type in NATIVE else _row_encoder(options)
         yield from encode_tensor(tensor.source, tensor.ggml_type, report, encode_rows)
         if index == len(planned) - 1 and not options.allow_f16_overflow:
             _refuse_overflow(report)
@@ -149,20 +153,12 @@ def _writes(planned: Sequence[Planned], report: ValueReport, options: ConvertOpt
     return [TensorToWrite(t.name, t.shape, t.ggml_type, partial(chunks, i)) for i, t in enumerate(planned)]
 
 
-def _row_encoder(planned: Sequence[Planned], options: ConvertOptions) -> Callable[..., Any] | None:
-    """quant's encoder, if any tensor needs it: its kernels are compiled code, and loading them takes a moment."""
-    block_types = {tensor.ggml_type for tensor in planned} - set(NATIVE)
-    if not block_types:
-        return None
-    from quant.encode import encode_rows, load_kernels
+def _row_encoder(options: ConvertOptions) -> Callable[..., Any]:
+    """quant's encoder of the block types, imported when there are any: its kernels are compiled code."""
+    from quant.encode import encode_rows
+    from quant.quantize import check_threads
 
-    load_kernels(sorted(block_types))
-    return partial(encode_rows, n_threads=options.n_threads or usable_cpus())
-
-
-def usable_cpus() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return partial(encode_rows, n_threads=check_threads(options.n_threads))
 
 
 def _refuse_overflow(report: ValueReport) -> None:
@@ -202,6 +198,11 @@ def _write(
     result: Converted, writes: list[TensorToWrite], checkpoint: Checkpoint, options: ConvertOptions
 ) -> None:
     inputs = sorted({tensor.path for tensor in checkpoint.tensors})
+    check_destination(result.path, size=result.nbytes, force=options.force, inputs=inputs)
+    if block_types := {tensor.ggml_type for tensor in writes} - set(NATIVE):
+        from quant.encode import load_kernels
+
+        load_kernels(block_types)
     total = sum(tensor.nbytes for tensor in writes)
     with Progress(f"writing {result.path.name}", total=total, unit="B") as bar:
         write_gguf(result.path, result.metadata, writes, force=options.force, progress=bar.update, inputs=inputs)
