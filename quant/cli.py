@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -14,53 +16,67 @@ from lfm2cpp.terminal import Progress, format_size, note
 from .quantize import Plan, check_threads, default_output, quantize_file
 from .recipe import RECIPES, Recipe, find_recipe
 
-
-def _type_list() -> str:
-    return "\n".join(f"  {r.name:5} {r.summary}" for r in RECIPES.values())
+TYPES = "\n".join(f"  {recipe.name:5} {recipe.summary}" for recipe in RECIPES.values())
 
 
-@click.command(epilog="\b\nTypes:\n" + _type_list(), options_metavar="[OPTIONS]")
+# Unknown options reach parse_arguments, which takes -1 for a bad number of threads.
+@click.command(epilog=f"\b\nTypes:\n{TYPES}", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
-@click.option("--pure", is_flag=True, help="The same type for every matrix: no better head, no fallback.")
+@click.option("--pure", is_flag=True, help="The base type for every matrix; refused where rows do not fit it.")
 @click.option("--dry-run", is_flag=True, help="Show what would become of each tensor; write nothing.")
 @click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already; loses quality.")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf if it exists.")
-def quantize(arguments: tuple[str, ...], pure: bool, dry_run: bool, allow_requantize: bool, force: bool) -> None:
-    """Store a model in fewer bits: the same bytes as llama-quantize.
+def quantize(arguments: tuple[str, ...], dry_run: bool, **options: bool) -> None:
+    """Store a model in fewer bits: the same file as llama-quantize.
 
     Without OUT.gguf the result is ggml-model-TYPE.gguf beside IN.gguf. NTHREADS is by default every CPU.
     """
     src, dst, recipe, n_threads = parse_arguments(arguments)
     started = time.monotonic()
-    with _Reporter() as reporter:
-        plan = quantize_file(
-            src, dst, recipe.name, n_threads=n_threads, pure=pure, allow_requantize=allow_requantize, force=force,
-            dry_run=dry_run, on_plan=reporter.announce if not dry_run else None, progress=reporter.update,
-        )  # fmt: skip
     if dry_run:
-        click.echo(_table(plan))
+        plan = quantize_file(src, dst, recipe.name, n_threads=n_threads, dry_run=True, **options)
         _note_plan(plan)
-    else:
-        click.echo(f"{dst}: {_summary(plan)}, {time.monotonic() - started:.1f} s")
+        click.echo(_table(plan))
+        return
+    with ExitStack() as stack:
+        bar: list[Progress] = []
+
+        def announce(plan: Plan) -> None:
+            _note_plan(plan)
+            bar.append(stack.enter_context(Progress("quantizing", total=plan.data_nbytes)))
+
+        plan = quantize_file(
+            src, dst, recipe.name, n_threads=n_threads, on_plan=announce, progress=lambda n: bar[0].update(n), **options
+        )
+    click.echo(f"{click.format_filename(dst)}: {_summary(plan)}, {time.monotonic() - started:.1f} s")
 
 
 def parse_arguments(arguments: tuple[str, ...]) -> tuple[Path, Path, Recipe, int]:
-    """(IN, OUT, type, threads). As in llama-quantize, a second argument that names a type is the type."""
-    usage = "expected IN.gguf [OUT.gguf] TYPE [NTHREADS]"
-    types = f"TYPE is one of: {' '.join(RECIPES)}"
-    if len(arguments) < 2:
-        raise UsageError(f"{'TYPE is' if arguments else 'IN.gguf and TYPE are'} missing; {usage}; {types}")
-    src, rest = Path(arguments[0]), list(arguments[1:])
+    """(IN, OUT, type, threads). As in llama-quantize, a second argument that names a type is the type.
+
+    Raises UsageError, which tells the order of the arguments and the types.
+    """
+    rest = list(arguments)
+    for text in rest:
+        if text.startswith("-") and not re.fullmatch(r"-\d*", text):
+            _misused(f"no such option: {text} (write a file of that name as ./{text})")
+    if len(rest) < 2:
+        _misused("TYPE is missing" if rest else "IN.gguf and TYPE are missing")
+    src = Path(rest.pop(0))
     dst = None if _is_type(rest[0]) else Path(rest.pop(0))
     if not rest:
-        raise UsageError(f"{arguments[1]!r} is not a type, or TYPE is missing; {usage}; {types}")
+        _misused(f"{arguments[1]!r} is not a type, or TYPE is missing behind it")
     recipe = find_recipe(rest.pop(0))
     if len(rest) > 1:
-        raise UsageError(f"too many arguments: {' '.join(rest[1:])!r}; {usage}; {types}")
-    if rest and not rest[0].lstrip("-").isdecimal():
-        raise UsageError(f"NTHREADS is {rest[0]!r}, expected a number; {usage}; {types}")
+        _misused(f"too many arguments: {' '.join(rest[1:])}")
+    if rest and not re.fullmatch(r"-?\d{1,18}", rest[0], re.ASCII):
+        _misused(f"NTHREADS is {rest[0]!r}, expected a number")
     n_threads = check_threads(int(rest[0]) if rest else None)
     return src, dst or default_output(src, recipe), recipe, n_threads
+
+
+def _misused(problem: str) -> NoReturn:
+    raise UsageError(f"{problem}; expected IN.gguf [OUT.gguf] TYPE [NTHREADS], TYPE being one of: {' '.join(RECIPES)}")
 
 
 def _is_type(text: str) -> bool:
@@ -69,29 +85,6 @@ def _is_type(text: str) -> bool:
     except UsageError:
         return False
     return True
-
-
-class _Reporter:
-    """Progress on stderr from the moment the plan is known."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def announce(self, plan: Plan) -> None:
-        _note_plan(plan)
-        self._progress = Progress("quantizing", total=plan.data_nbytes)
-        self._progress.__enter__()
-
-    def update(self, n: int) -> None:
-        if self._progress is not None:
-            self._progress.update(n)
-
-    def __enter__(self) -> _Reporter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(*sys.exc_info())
 
 
 def _note_plan(plan: Plan) -> None:
