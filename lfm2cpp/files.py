@@ -113,7 +113,7 @@ def atomic_output(
     `size` is the exact number of bytes to come, when known: space is then checked and reserved first, and the
     count at the end. `inputs` are files that the output must not be. `check(partial)` may raise to refuse the result
     after it is on the disk and before it gets its name.
-    Raises OutputError or UsageError with the reason; on any exception the partial file is gone and the target as before.
+    Raises OutputError or UsageError with the reason; on any exception the partial file is gone, the target as before.
     """
     target = check_destination(path, size=size, force=force, inputs=inputs)
     if target == Path(os.devnull):
@@ -202,7 +202,8 @@ def _check_space(target: Path, size: int) -> None:
     need = int(size * (1 + SPACE_MARGIN))
     if need > free:
         raise OutputError(
-            f"{target}: needs {format_size(need)} of disk space, but only {format_size(free)} are free in {target.parent}"
+            f"{target}: needs {format_size(need)} of disk space, but only {format_size(free)} are free "
+            f"in {target.parent}"
         )
 
 
@@ -326,9 +327,7 @@ def _start_writeback(fd: int, offset: int, n: int) -> None:
 # --- giving the file its name
 
 
-def _commit(
-    out: OutputFile, *, size: int | None, force: bool, check: Callable[[Path], None] | None
-) -> None:
+def _commit(out: OutputFile, *, size: int | None, force: bool, check: Callable[[Path], None] | None) -> None:
     if size is not None and out.nbytes != size:
         raise OutputError(f"{out.target}: {out.nbytes} bytes were written where {size} were planned; nothing was kept")
     with _named_errors(out.target):

@@ -69,7 +69,7 @@ def summarize(
 
 
 def _verdict(gguf: GGUFFile) -> tuple[ModelFacts | None, str | None, str | None]:
-    """The model's facts, why it would be refused, and why it could not chat. Facts may be sound and the vocabulary not."""
+    """The model's facts, why it would be refused, and why it could not chat. Facts may be sound, the vocabulary not."""
     from .text.template import ChatTemplate
     from .text.vocab import Vocab
 

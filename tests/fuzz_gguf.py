@@ -87,7 +87,11 @@ class Mutator:
 
     def set_field(self, data: bytearray) -> None:
         at, width = self.rng.choice(self.fields)
-        number = self.rng.choice(NUMBERS) if self.rng.random() < 0.8 else self.rng.choice((len(data), self.end, at)) + self.rng.randrange(-9, 9)
+        number = (
+            self.rng.choice(NUMBERS)
+            if self.rng.random() < 0.8
+            else self.rng.choice((len(data), self.end, at)) + self.rng.randrange(-9, 9)
+        )
         data[at : at + width] = (number % (1 << 8 * width)).to_bytes(width, "little")
 
     def set_early_field(self, data: bytearray) -> None:

@@ -73,7 +73,11 @@ class RawGGUF:
         ]
     )
     tensors: list[RawTensor] = field(
-        default_factory=lambda: [RawTensor("a.weight", [32, 3], Q8_0), RawTensor("b.weight", [5]), RawTensor("c", [2, 2, 2])]
+        default_factory=lambda: [
+            RawTensor("a.weight", [32, 3], Q8_0),
+            RawTensor("b.weight", [5]),
+            RawTensor("c", [2, 2, 2]),
+        ]
     )
     alignment: int = 32
     cut: int = 0  # bytes taken off the end
@@ -105,7 +109,9 @@ class RawGGUF:
         self.kv = [(k, value_type, data) if k == key else (k, t, d) for k, t, d in self.kv]
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str | Path
+) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `lfm2cpp ARGS`, without a new process."""
     from lfm2cpp.cli.group import invoke, lfm2cpp
 

@@ -1,4 +1,4 @@
-"""Run by test_files_signals.py as a process of its own: start writers, interrupt them at random moments, look at what is left.
+"""Run by test_files_signals.py as a process of its own: start writers, interrupt them, look at what is left.
 
     python kill_writer.py DIRECTORY ROUNDS SIGNAL[,SIGNAL]   ->  one JSON object on stdout
 

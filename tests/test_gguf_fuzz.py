@@ -15,7 +15,9 @@ MAX_SECONDS = 0.05
 
 
 def test_mutated_headers(tmp_path: Path) -> None:
-    base = tiny_gguf(tmp_path / "base.gguf", n_embd=32, n_layer=2, attention=(1,), n_head=2, n_head_kv=1, n_ff=32, n_vocab=288)
+    base = tiny_gguf(
+        tmp_path / "base.gguf", n_embd=32, n_layer=2, attention=(1,), n_head=2, n_head_kv=1, n_ff=32, n_vocab=288
+    )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, here / "fuzz_gguf.py", base, str(N_MUTATIONS), "1", tmp_path]

@@ -18,7 +18,14 @@ from lfm2cpp.errors import ModelFormatError
 from lfm2cpp.ggml import GGMLType
 from lfm2cpp.gguf import GGUFFile, Value, ValueType, read_gguf
 
-MIXTURE = {r"token_embd": "Q6_K", r"ffn_down": "Q4_1", r"attn": "Q8_0", r"ffn_up": "BF16", r"ffn_gate": "F16", r".": "Q4_0"}
+MIXTURE = {
+    r"token_embd": "Q6_K",
+    r"ffn_down": "Q4_1",
+    r"attn": "Q8_0",
+    r"ffn_up": "BF16",
+    r"ffn_gate": "F16",
+    r".": "Q4_0",
+}
 
 
 @pytest.fixture
@@ -147,7 +154,7 @@ def test_without_mmap_a_later_change_is_not_seen(good: Path) -> None:
 
 
 def test_every_type_has_its_size(tmp_path: Path) -> None:
-    """Block sizes against gguf-py. Q8_1 exists in memory only, and gguf-py has its size from before d and s were halves."""
+    """Block sizes against gguf-py. Q8_1 lives in memory only, and gguf-py has its size of long ago."""
     for ggml_type in set(GGMLType) - {GGMLType.Q8_1}:
         block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
         raw = RawGGUF()

@@ -131,7 +131,10 @@ def test_template_alone(cli: Any, tmp_path: Path) -> None:
 def test_nothing_from_the_file_reaches_the_terminal_raw(cli: Any, tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07\r\u202e\x9b31m"
     raw = RawGGUF(tensors=[RawTensor("t\x1b[2J", [8])])
-    raw.kv += [("general.name\x1b", STRING, string(evil)), ("tokenizer.chat_template", STRING, string(evil + "\n" + evil))]
+    raw.kv += [
+        ("general.name\x1b", STRING, string(evil)),
+        ("tokenizer.chat_template", STRING, string(evil + "\n" + evil)),
+    ]
     path = tmp_path / "m.gguf"
     path.write_bytes(raw.encode())
     code, out, _ = cli(path)
@@ -170,7 +173,7 @@ def test_vocabulary_without_a_model(cli: Any, tmp_path: Path) -> None:
 
 
 def test_shards_are_counted(cli: Any, tmp_path: Path) -> None:
-    from test_gguf_cases import write_shards
+    from test_gguf_shards import write_shards
 
     code, out, _ = cli(write_shards(tmp_path)[0])
     assert code == 0 and ", 3 shards, GGUF version 3" in out
@@ -185,7 +188,7 @@ def test_usage(cli: Any, tmp_path: Path) -> None:
 def test_inspect_does_not_import_numba(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "m.gguf", **SHAPE)
     code = (
-        "import sys; from lfm2cpp.gguf import read_gguf; from lfm2cpp.summary import summarize; import lfm2cpp.cli.inspect\n"
+        "import sys, lfm2cpp.cli.inspect; from lfm2cpp.gguf import read_gguf; from lfm2cpp.summary import summarize\n"
         "summarize(read_gguf(sys.argv[1]), check_tensors=True); sys.exit('numba' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, path], check=True, cwd=Path(__file__).parent.parent)

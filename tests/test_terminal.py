@@ -19,8 +19,8 @@ def test_printable_strips_what_a_terminal_would_obey() -> None:
 @pytest.mark.parametrize(
     ("n", "text"),
     [
-        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_999, "1.0 MB"), (711_523_616, "711.5 MB"),
-        (2_343_365_920, "2.3 GB"), (10**15, "1000.0 TB"),
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_999, "1.0 MB"),
+        (711_523_616, "711.5 MB"), (2_343_365_920, "2.3 GB"), (10**15, "1000.0 TB"),
     ],
 )  # fmt: skip
 def test_format_size(n: int, text: str) -> None:
@@ -39,14 +39,19 @@ def test_progress_without_a_terminal_is_a_line_each_tenth(capsys: pytest.Capture
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 10
-    assert lines[0].startswith("working:  10 % (100 B of 1.0 kB, ") and lines[-1].startswith("working: 100 % (1.0 kB of 1.0 kB")
+    assert lines[0].startswith("working:  10 % (100 B of 1.0 kB, ") and lines[-1].startswith(
+        "working: 100 % (1.0 kB of 1.0 kB"
+    )
 
 
 def test_progress_of_large_steps_and_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("copying", total=4, unit="file") as bar:
         bar.update(1)
         bar.update(3)
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["copying:  25 % (1 of 4", "copying: 100 % (4 of 4"]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "copying:  25 % (1 of 4",
+        "copying: 100 % (4 of 4",
+    ]
     with Progress("nothing", total=0) as bar:
         bar.update(0)
     assert "100 %" in capsys.readouterr().err

@@ -111,7 +111,10 @@ def check_types(gguf: GGUFFile, arch: ModuleType, hparams: Any, tensors: dict[st
             wrong.append(f"{entry.name} {info.ggml_type.name}" + ("" if entry.quantizable else " (must be F32)"))
     if wrong:
         known = " ".join(t.name for t in sorted(WEIGHT_TYPES))
-        _fail(gguf, f"{_count(wrong, 'tensor')} of a type that cannot be run yet: {_listed(wrong)}; weights may be {known}")
+        _fail(
+            gguf,
+            f"{_count(wrong, 'tensor')} of a type that cannot be run yet: {_listed(wrong)}; weights may be {known}",
+        )
 
 
 def _architecture(gguf: GGUFFile) -> ModuleType:
@@ -132,7 +135,7 @@ def _read_key(gguf: GGUFFile, arch: ModuleType, spec: KeySpec, values: dict[str,
         return _read_layer_array(gguf, key, spec, values["n_layer"])
     value = gguf.get(key, ValueType[spec.type])
     if not (math.isfinite(value) and spec.low <= value <= spec.high):
-        _fail(gguf, f"{key} is {value}, expected {spec.low:g} to {spec.high:g}")
+        _fail(gguf, f"{key} is {value}, expected {_range(spec)}")
     return value
 
 
@@ -147,7 +150,7 @@ def _read_layer_array(gguf: GGUFFile, key: str, spec: KeySpec, n_layer: int) -> 
         _fail(gguf, f"{key} has {len(value.value)} entries; {expected}")
     for il, n in enumerate(value.value):
         if not spec.low <= n <= spec.high:
-            _fail(gguf, f"{key} is {n} for layer {il}, expected {spec.low:g} to {spec.high:g}")
+            _fail(gguf, f"{key} is {n} for layer {il}, expected {_range(spec)}")
     return tuple(value.value)
 
 
@@ -156,8 +159,8 @@ def _check_heads(gguf: GGUFFile, arch: ModuleType, values: dict[str, Any]) -> No
     if n_embd % n_head or n_embd // n_head % 2:
         _fail(
             gguf,
-            f"{arch.NAME}.attention.head_count is {n_head}, which does not divide {arch.NAME}.embedding_length {n_embd} "
-            "into heads of an even width",
+            f"{arch.NAME}.attention.head_count is {n_head}, which does not divide "
+            f"{arch.NAME}.embedding_length {n_embd} into heads of an even width",
         )
     for il, n in enumerate(n_head_kv):
         if n and n_head % n:
@@ -174,7 +177,9 @@ def _vocab_rows(gguf: GGUFFile, arch: ModuleType, warnings: list[str]) -> int:
     """The number of logits: the embedding's rows. The tokenizer may know fewer tokens, never more."""
     info = gguf.tensors.get("token_embd.weight")
     if info is None:
-        what = "holds no tensors: a vocabulary without a model" if not gguf.tensors else "has no tensor token_embd.weight"
+        what = (
+            "holds no tensors: a vocabulary without a model" if not gguf.tensors else "has no tensor token_embd.weight"
+        )
         _fail(gguf, f"{what}; get the complete model")
     if len(info.shape) != 2:
         _fail(gguf, f"tensor token_embd.weight has the shape {info.shape}, expected (n_vocab, n_embd)")
@@ -184,12 +189,14 @@ def _vocab_rows(gguf: GGUFFile, arch: ModuleType, warnings: list[str]) -> int:
         _fail(gguf, f"tokenizer.ggml.tokens has {len(pieces.value)} tokens, but token_embd.weight only {n_vocab} rows")
     declared = gguf.metadata.get(f"{arch.NAME}.vocab_size")
     if declared is not None and declared.value != n_vocab:
-        warnings.append(f"{arch.NAME}.vocab_size is {_shown(declared)}, but token_embd.weight has {n_vocab} rows: using {n_vocab}")
+        warnings.append(
+            f"{arch.NAME}.vocab_size is {_shown(declared)}, but token_embd.weight has {n_vocab} rows: using {n_vocab}"
+        )
     return n_vocab
 
 
 def _true_n_ff(gguf: GGUFFile, arch: ModuleType, declared: int, warnings: list[str]) -> int:
-    """The FFN width by the tensors. Files in circulation carry the width from before its adjustment (12288 for 8192)."""
+    """The FFN width by the tensors. Files in circulation carry the width from before its rounding (12288 for 8192)."""
     info = gguf.tensors.get("blk.0.ffn_gate.weight")
     if info is None or len(info.shape) != 2 or info.shape[0] == declared:
         return declared
@@ -215,8 +222,14 @@ def _check_layer_kinds(gguf: GGUFFile, arch: ModuleType, hparams: Any) -> None:
             kind = "a convolution" if is_conv else "an attention"
             _fail(
                 gguf,
-                f"layer {il} is {kind} layer by {arch.NAME}.attention.head_count_kv, but its tensors are {_listed(other)}",
+                f"layer {il} is {kind} layer by {arch.NAME}.attention.head_count_kv, "
+                f"but its tensors are {_listed(other)}",
             )
+
+
+def _range(spec: KeySpec) -> str:
+    low, high = (f"{n:g}" if isinstance(n, float) else str(n) for n in (spec.low, spec.high))
+    return f"{low} to {high}"
 
 
 def _names(entry: TensorEntry) -> list[str]:

@@ -64,6 +64,8 @@ def invoke(command: click.Command, prog_name: str) -> None:
     except LFM2Error as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            _hint_at_file_name(error)
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -77,6 +79,13 @@ def invoke(command: click.Command, prog_name: str) -> None:
     except MemoryError:
         fail("out of memory; try a smaller --ctx-size or a smaller model", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _hint_at_file_name(error: click.NoSuchOption) -> None:
+    """A file whose name begins with a dash looks like an option."""
+    name = next((a for a in sys.argv[1:] if a.startswith("-") and os.path.exists(a)), None)
+    if name is not None:
+        error.message += f" If you mean the file {name!r}, write './{name}', or put '--' before it."
 
 
 def fail(message: str, exit_code: int) -> None:

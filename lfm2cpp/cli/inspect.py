@@ -43,7 +43,9 @@ def inspect(file: Path, as_json: bool, check_tensors: bool, only_template: bool)
     else:
         click.echo(_encodable("\n".join(describe(summary))))
     if summary["non_finite"]:
-        raise ModelFormatError(f"{file}: {summary['non_finite'][0]}; the model is damaged, convert or download it again")
+        raise ModelFormatError(
+            f"{file}: {summary['non_finite'][0]}; the model is damaged, convert or download it again"
+        )
 
 
 def _print_template(summary: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_TENSORS = 65536
+MAX_ENTRIES = 65536
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME with its terminating zero is 64
 MAX_STRING_BYTES = 1 << 30
@@ -183,12 +184,13 @@ def parse_header(buffer: Buffer, label: str, *, file_size: int | None = None) ->
         cursor.file_size = file_size
     version = _read_version(cursor)
     n_tensors = _read_count(cursor, "tensors", MIN_TENSOR_BYTES, MAX_TENSORS)
-    n_kv = _read_count(cursor, "metadata entries", MIN_KV_BYTES, cursor.end)
-    warnings: list[str] = []
+    n_kv = _read_count(cursor, "metadata entries", MIN_KV_BYTES, MAX_ENTRIES)
     metadata: Metadata = {}
     for i in range(n_kv):
-        key = _read_key(cursor, i, metadata, warnings)
+        key = _read_key(cursor, i, metadata)
         metadata[key] = _read_value(cursor, key)
+    unusual = [quoted(key) for key in metadata if not _USUAL_KEY.fullmatch(key)]
+    warnings = [f"{len(unusual)} metadata keys with unusual characters, such as {unusual[0]}"] if unusual else []
     alignment = _alignment(cursor, metadata)
     declared = [_read_tensor(cursor, i) for i in range(n_tensors)]
     data_offset = pad(cursor.pos, alignment) if n_tensors else cursor.pos
@@ -201,7 +203,9 @@ def _read_version(cursor: Cursor) -> int:
         cursor.fail(describe_magic(bytes(cursor.buffer[:1024]), cursor.end))
     cursor.pos = 4
     if cursor.end < 24:
-        cursor.fail(f"truncated header: a GGUF file of {cursor.end} bytes, where the smallest has 24; download it again")
+        cursor.fail(
+            f"truncated header: a GGUF file of {cursor.end} bytes, where the smallest has 24; download it again"
+        )
     version = cursor.u32("the version")
     if version in VERSIONS:
         return version
@@ -224,7 +228,7 @@ def _read_count(cursor: Cursor, what: str, min_bytes: int, limit: int) -> int:
     return n
 
 
-def _read_key(cursor: Cursor, i: int, metadata: Metadata, warnings: list[str]) -> str:
+def _read_key(cursor: Cursor, i: int, metadata: Metadata) -> str:
     at = cursor.pos
     key = cursor.text(f"metadata key {i}", MAX_KEY_BYTES)
     if not key:
@@ -233,8 +237,6 @@ def _read_key(cursor: Cursor, i: int, metadata: Metadata, warnings: list[str]) -
         cursor.fail(f"metadata key {quoted(key)} holds a zero byte")
     if key in metadata:
         cursor.fail(f"metadata key {quoted(key)} appears twice")
-    if not _USUAL_KEY.fullmatch(key):
-        warnings.append(f"metadata key {quoted(key)} has unusual characters")
     return key
 
 
@@ -338,8 +340,8 @@ def _place_tensors(
     if end > size:
         first = next(info for info in tensors.values() if info.offset + info.nbytes > size)
         cursor.fail(
-            f"the file has {size} bytes and tensor {quoted(first.name)} ends beyond them: {end - size} bytes are missing; "
-            "download it again"
+            f"the file has {size} bytes and tensor {quoted(first.name)} ends beyond them: {end - size} bytes are "
+            "missing; download it again"
         )
     if size > pad(end, alignment):
         warnings.append(f"{size - pad(end, alignment)} unused bytes after the end of the data")

@@ -152,10 +152,11 @@ def read_one(path: Path, *, use_mmap: bool = True, label: str | None = None) -> 
         size = os.fstat(fd).st_size
         if size < 24:
             parse_header(os.read(fd, size), label)  # explains what is wrong with it
-        if use_mmap:
-            memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
-        else:
-            memory = _read_all(fd, size, path)
+        memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ) if use_mmap else _read_all(fd, size)
+    except ValueError:  # mmap compares with the size once more
+        raise ModelFormatError(f"{label}: became shorter while it was read") from None
+    except OSError as error:
+        raise ModelFormatError(f"{label}: its {size} bytes cannot be read: {error.strerror}") from None
     finally:
         os.close(fd)
     return parse_header(memory, label), memory
@@ -199,20 +200,17 @@ def _refuse_kind(path: Path, mode: int) -> NoReturn:
     raise ModelFormatError(f"{path}: is {kind}, expected a GGUF file{hint}")
 
 
-def _read_all(fd: int, size: int, path: Path) -> mmap.mmap:
-    """The file's bytes in anonymous memory, which is page-aligned like a mapped file."""
+def _read_all(fd: int, size: int) -> mmap.mmap:
+    """The file's bytes in anonymous memory, which is page-aligned like a mapped file. ValueError when it has fewer."""
     memory = mmap.mmap(-1, size)
     view = memoryview(memory)
     file = io.FileIO(fd, closefd=False)
-    try:
-        done = 0
-        while done < size:
-            n = file.readinto(view[done : done + READ_CHUNK])
-            if not n:
-                raise ModelFormatError(f"{path}: became shorter while it was read: {done} of {size} bytes")
-            done += n
-    finally:
-        view.release()
+    done = 0
+    while done < size:
+        n = file.readinto(view[done : done + READ_CHUNK])
+        if not n:
+            raise ValueError(f"{done} of {size} bytes")
+        done += n
     return memory
 
 
@@ -239,7 +237,9 @@ def _shard_paths(path: Path, header: Header) -> list[Path]:
         )
     paths = [path.with_name(f"{match['prefix']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     if int(match["count"]) != count:
-        raise ModelFormatError(f"{path}: is named as one of {int(match['count'])} shards, but its split.count is {count}")
+        raise ModelFormatError(
+            f"{path}: is named as one of {int(match['count'])} shards, but its split.count is {count}"
+        )
     no = _split_number(path, header, "split.no")
     if no != 0 or path != paths[0]:
         raise ModelFormatError(f"{path}: is not the first shard; give {paths[0]}")

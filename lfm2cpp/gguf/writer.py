@@ -81,9 +81,7 @@ def gguf_size(metadata: Metadata, tensors: Sequence[TensorToWrite], *, alignment
     return len(header) + sum(pad(tensor.nbytes, step) for tensor in tensors)
 
 
-def encode_header(
-    metadata: Metadata, tensors: Sequence[TensorToWrite], *, alignment: int | None = None
-) -> bytes:
+def encode_header(metadata: Metadata, tensors: Sequence[TensorToWrite], *, alignment: int | None = None) -> bytes:
     """Everything before the tensor data, padded to where that begins."""
     step = _file_alignment(metadata, alignment)
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
