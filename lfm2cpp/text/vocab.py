@@ -217,13 +217,13 @@ class Vocab:
 
     def split_special(self, text: str) -> list[Segment]:
         """`text` cut at the special pieces in it, leftmost and longest first."""
-        return list(_split(text, self._special_pieces))
+        return list(split_at(text, self._special_pieces))
 
     def _encode_plain(self, text: str) -> list[int]:
         if not self._added_pieces:
             return self._bpe.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
-        for part, added in _split(text, self._added_pieces):
+        for part, added in split_at(text, self._added_pieces):
             ids += (self._ids[part],) if added else self._bpe.encode(part, add_special_tokens=False).ids
         return ids
 
@@ -292,7 +292,7 @@ def byte_symbols() -> list[str]:
 _BYTE_OF_SYMBOL = {symbol: b for b, symbol in enumerate(byte_symbols())}
 
 
-def _split(text: str, pieces: Iterable[str]) -> Iterator[Segment]:
+def split_at(text: str, pieces: Iterable[str]) -> Iterator[Segment]:
     """Cut `text` at every occurrence of one of `pieces`, leftmost first, the longest where several begin."""
     present = sorted((p for p in pieces if p in text), key=len, reverse=True)
     if not present:

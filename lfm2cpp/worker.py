@@ -1,0 +1,148 @@
+"""One thread that works off jobs in turn, and streams of events from such a job to whoever asked for it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .errors import UsageError
+from .generate import Event, Generation
+
+Job = Callable[[], None]
+POLL_SECONDS = 0.25  # where a blocked wait cannot be interrupted (Windows), Ctrl-C is noticed this late
+
+
+class Worker:
+    """A daemon thread and its queue. It belongs to the process that made it; a forked child gets an error."""
+
+    def __init__(self, name: str) -> None:
+        self._pid = os.getpid()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def in_other_process(self) -> bool:
+        return os.getpid() != self._pid
+
+    def check(self) -> None:
+        """Raise UsageError when no job can be run any more."""
+        if self.in_other_process:
+            raise UsageError("this LLM was loaded before a fork and stays with its process; load it again in the child")
+        if self._closed:
+            raise UsageError("this LLM is closed; load the model again")
+
+    def submit(self, job: Job) -> None:
+        """Run `job` after those before it. A job handles its own errors."""
+        with self._lock:
+            self.check()
+            self._jobs.put(job)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def refuse(self) -> None:
+        """Take no more jobs, and drop those that wait."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """`refuse`, and wait for the running job to end. Safe to call twice, and from a job."""
+        if self.in_other_process:
+            return
+        self.refuse()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not self._closed:
+                job()
+            del job  # or it would keep what it holds alive until the next one
+
+
+class Stream(Iterator[Event]):
+    """The events of one generation: Prefill and Piece as they come, Generation last.
+
+    `stop` ends it early: the Generation then says "interrupted". Dropping a stream stops it as well.
+    """
+
+    def __init__(self, worker: Worker, work: Callable[[Callable[[Event], None], threading.Event], Generation]) -> None:
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def job() -> None:
+            try:
+                events.put(work(events.put, stop))
+            except BaseException as error:  # raised again where the events are read
+                events.put(error)
+
+        self._events, self._stop, self._worker = events, stop, worker
+        self._result: Generation | None = None
+        self._ended = False
+        worker.submit(job)
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._next_event()
+        if isinstance(event, BaseException):
+            self._ended = True
+            raise event
+        if isinstance(event, Generation):
+            self._ended, self._result = True, event
+        return event
+
+    def _next_event(self) -> Any:
+        while True:
+            try:
+                return self._events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if not self._worker.alive and self._events.empty():
+                    return UsageError("this LLM was closed while it generated")
+
+    def stop(self) -> None:
+        """Ask the generation to end; its last events still come."""
+        self._stop.set()
+
+    def result(self) -> Generation:
+        """The whole answer; waits for it. A KeyboardInterrupt here ends the generation before it is passed on."""
+        try:
+            for _ in self:
+                pass
+        except KeyboardInterrupt:
+            self.stop()
+            for _ in self:
+                pass
+            raise
+        assert self._result is not None
+        return self._result
+
+    def close(self) -> None:
+        """Stop, and wait until the engine is free."""
+        self.stop()
+        while not self._ended and not self._worker.in_other_process:
+            next(self, None)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        stop = getattr(self, "_stop", None)
+        if stop is not None:
+            stop.set()
