@@ -71,7 +71,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "A6-kv-2^40": (RawGGUF(n_kv=2**40).encode(), "claims 1099511627776 metadata entries"),
     "A6-tensors-65537": (RawGGUF(n_tensors=65537, trailing=bytes(65537 * 33)).encode(), "at most 65536"),
     "A6-kv-65537": (RawGGUF(n_kv=65537, trailing=bytes(65537 * 14)).encode(), "at most 65536"),
-    "A7-array-2^63": (header_only(0, 1, string("a") + u32(ARRAY) + array(UINT8, 2**63, b"")), "claims 92233720368547758"),
+    "A7-array-2^63": (header_only(0, 1, string("a") + u32(ARRAY) + array(UINT8, 2**63, b"")), "claims 92233720368547"),
     "A7-array-2^30": (header_only(0, 1, string("a") + u32(ARRAY) + array(UINT8, 2**30, b"")), "claims 1073741824"),
     "A7-strings-2^30": (header_only(0, 1, string("a") + u32(ARRAY) + array(STRING, 2**30, b"")), "claims 1073741824"),
     "A8-string-2^64-1": (header_only(0, 1, string("a") + u32(STRING) + u64(-1) + bytes(9)),
