@@ -91,7 +91,8 @@ def _note_plan(plan: Plan) -> None:
     for warning in plan.warnings:
         note(warning)
     for t in plan.fallbacks:
-        note(f"{t.name}: its rows of {t.shape[-1]} are not whole blocks of {t.choice.wanted.name}; stored as {t.target.name}")
+        wanted = t.choice.wanted.name
+        note(f"{t.name}: its rows of {t.shape[-1]} are not whole blocks of {wanted}; stored as {t.target.name}")
     if plan.fallbacks:
         note(f"{len(plan.fallbacks)} of {len(plan.tensors)} tensors needed a fallback type")
 
@@ -105,10 +106,10 @@ def _summary(plan: Plan) -> str:
 
 def _table(plan: Plan) -> str:
     width = max(len(t.name) for t in plan.tensors)
-    lines = [
-        f"{t.name:{width}}  {'x'.join(map(str, t.shape)):>13}  {t.source.name:>5} -> {t.target.name:5}  {format_size(t.nbytes):>9}"
-        for t in plan.tensors
-    ]
+    lines = []
+    for t in plan.tensors:
+        shape, size = "x".join(map(str, t.shape)), format_size(t.nbytes)
+        lines.append(f"{t.name:{width}}  {shape:>13}  {t.source.name:>5} -> {t.target.name:5}  {size:>9}")
     return "\n".join([*lines, _summary(plan)])
 
 

@@ -5,9 +5,8 @@ The block types' encoders are kernels (legacy.py, k_quants.py), loaded when firs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from lfm2cpp.errors import LFM2Error
 from lfm2cpp.ggml import TRAITS, GGMLType, row_nbytes
 from lfm2cpp.gguf.check import non_finite_blocks
 from lfm2cpp.gguf.dequantize import dequantize
+from lfm2cpp.terminal import note
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -80,13 +80,18 @@ def row_slabs(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
         yield start, min(n_rows, start + step)
 
 
-def load_kernels(ggml_types: Any, progress: Any = None) -> None:
-    """Have the encoders of these types ready; the first time on a machine they are compiled."""
+def load_kernels(ggml_types: Iterable[GGMLType]) -> None:
+    """Have the encoders of these types ready; the first time on a machine they are compiled, which is noted."""
     names = [KERNELS[t] for t in ggml_types if t in KERNELS]
     if names:
         from lfm2cpp.kernels.library import library
 
-        library().load(names, progress)
+        library().load(names, _note_compilation)
+
+
+def _note_compilation(name: str, done: int, total: int) -> None:
+    if done == 0:
+        note(f"compiling {total} encoder{'s'[: total > 1]}; this happens once on a machine")
 
 
 def encode_into(rows: F32, ggml_type: GGMLType, out: U8, name: str, first_row: int) -> None:

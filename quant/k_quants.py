@@ -22,19 +22,19 @@ ROUNDER = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds t
 
 
 @device
-def nearest(v):  # type: ignore[no-untyped-def]
+def nearest(v):
     return (v + ROUNDER) - ROUNDER
 
 
 @device
-def transpose_16x16(src, dst):  # type: ignore[no-untyped-def]
+def transpose_16x16(src, dst):
     for row in range(16):
         for column in range(16):
             store_f32(dst + 4 * (16 * column + row), load_f32(src + 4 * (16 * row + column)))
 
 
 @device
-def all_finite(columns):  # type: ignore[no-untyped-def]
+def all_finite(columns):
     top = bits(load_f32x16(columns)) & MAGNITUDE
     for i in range(1, 16):
         top = greater(top, bits(load_f32x16(columns + 64 * i)) & MAGNITUDE)
@@ -42,7 +42,7 @@ def all_finite(columns):  # type: ignore[no-untyped-def]
 
 
 @device
-def extremes(columns):  # type: ignore[no-untyped-def]
+def extremes(columns):
     """(whether the sub-block counts as zero, its element of largest magnitude), lane by lane"""
     extreme, magnitude = splat_16(np.float32(0)), splat_16(np.float32(0))
     for i in range(16):
@@ -55,7 +55,7 @@ def extremes(columns):  # type: ignore[no-untyped-def]
 
 
 @device
-def signed_scale_search(columns, n_max):  # type: ignore[no-untyped-def]
+def signed_scale_search(columns, n_max):
     """(scales, inverses) of 16 sub-blocks, lane by lane; both 0 where a sub-block is zero.
 
     Tries 19 inverse scales around the one that maps the largest element to -n_max and keeps the one whose levels,
@@ -86,7 +86,7 @@ def signed_scale_search(columns, n_max):  # type: ignore[no-untyped-def]
 
 
 @device
-def largest_of(values):  # type: ignore[no-untyped-def]
+def largest_of(values):
     """The lane of largest magnitude, the first of equals; NaN counts as 0."""
     magnitude = select(values == values, bits(values) & MAGNITUDE, 0)
     buffer = stack(64)
@@ -96,7 +96,7 @@ def largest_of(values):  # type: ignore[no-untyped-def]
 
 
 @device
-def store_levels_q6_K(x, steps, inverses, levels):  # type: ignore[no-untyped-def]
+def store_levels_q6_K(x, steps, inverses, levels):
     """256 levels 0 .. 63, a byte each. Where a sub-block's step is zero, those of the search stay, as in ggml."""
     for j in range(16):
         step, inverse = load_f32(steps + 4 * j), load_f32(inverses + 4 * j)
@@ -109,7 +109,7 @@ def store_levels_q6_K(x, steps, inverses, levels):  # type: ignore[no-untyped-de
 
 
 @device
-def store_packed_q6_K(levels, ql, qh):  # type: ignore[no-untyped-def]
+def store_packed_q6_K(levels, ql, qh):
     """Of each 128 levels: low nibbles of quarters 0 2 and 1 3 share bytes, the high bits of all four share one."""
     for half in range(2):
         a, b = load_u8x32(levels + 128 * half), load_u8x32(levels + 128 * half + 32)
@@ -120,7 +120,7 @@ def store_packed_q6_K(levels, ql, qh):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_blocks_q6_K(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q6_K(src, dst, n_blocks, bad):
     """x = d * scale * (q - 32): scales of 16 elements by search, then d so that the largest scale is -128"""
     columns, levels, steps, inverses = stack(1024), stack(256), stack(64), stack(64)
     for ib in range(n_blocks):

@@ -26,7 +26,7 @@ ALMOST_HALF = 0x3EFFFFFF
 
 
 @device
-def inverse(d):  # type: ignore[no-untyped-def]
+def inverse(d):
     """(1 / d, 1), but (0, 1) for zero and (0, 0) for a subnormal d whose inverse would be infinite.
 
     The second is a factor for the rounding offset: what ggml multiplies by infinity ends as level 0 everywhere.
@@ -40,19 +40,19 @@ def inverse(d):  # type: ignore[no-untyped-def]
 
 
 @device
-def finite_half(h):  # type: ignore[no-untyped-def]
+def finite_half(h):
     return h & HALF_EXPONENT != HALF_EXPONENT
 
 
 @device
-def store_nibbles(dst, levels):  # type: ignore[no-untyped-def]
+def store_nibbles(dst, levels):
     """Low four bits of 32 levels: element j in the low half of byte j, element j + 16 in the high half."""
     q = low_byte(levels)
     store(dst, (low_half(q) & 15) | (high_half(q) << 4))
 
 
 @device
-def signed_levels(src, n_max):  # type: ignore[no-untyped-def]
+def signed_levels(src, n_max):
     """(scale as a half's bits or -1, levels): the largest element becomes level 0, zero becomes level n_max."""
     x = load_f32x32(src)
     magnitude = bits(x) & MAGNITUDE
@@ -70,7 +70,7 @@ def signed_levels(src, n_max):  # type: ignore[no-untyped-def]
 
 
 @device
-def affine_levels(src, n_levels):  # type: ignore[no-untyped-def]
+def affine_levels(src, n_levels):
     """(scale, minimum as halves' bits or -1, levels): the smallest element becomes 0, the largest n_levels - 1."""
     x = load_f32x32(src)
     word = bits(x)
@@ -89,7 +89,7 @@ def affine_levels(src, n_levels):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantize_blocks_q8_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q8_0(src, dst, n_blocks, bad):
     """d = max |x| / 127; q = x / d, rounded half away from zero"""
     for ib in range(n_blocks):
         x, out = load_f32x32(src + 128 * ib), dst + 34 * ib
@@ -106,7 +106,7 @@ def quantize_blocks_q8_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-de
 
 
 @kernel
-def quantize_blocks_q4_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q4_0(src, dst, n_blocks, bad):
     """d = x_max / -8, |x_max| being the largest; q = x / d + 8"""
     for ib in range(n_blocks):
         out = dst + 18 * ib
@@ -120,7 +120,7 @@ def quantize_blocks_q4_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-de
 
 
 @kernel
-def quantize_blocks_q5_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q5_0(src, dst, n_blocks, bad):
     """d = x_max / -16; q = x / d + 16, its fifth bits in a word of their own"""
     for ib in range(n_blocks):
         out = dst + 22 * ib
@@ -135,7 +135,7 @@ def quantize_blocks_q5_0(src, dst, n_blocks, bad):  # type: ignore[no-untyped-de
 
 
 @kernel
-def quantize_blocks_q4_1(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q4_1(src, dst, n_blocks, bad):
     """d = (max - min) / 15, m = min; q = (x - m) / d"""
     for ib in range(n_blocks):
         out = dst + 20 * ib
@@ -150,7 +150,7 @@ def quantize_blocks_q4_1(src, dst, n_blocks, bad):  # type: ignore[no-untyped-de
 
 
 @kernel
-def quantize_blocks_q5_1(src, dst, n_blocks, bad):  # type: ignore[no-untyped-def]
+def quantize_blocks_q5_1(src, dst, n_blocks, bad):
     """d = (max - min) / 31, m = min; q = (x - m) / d, its fifth bits in a word of their own"""
     for ib in range(n_blocks):
         out = dst + 24 * ib

@@ -107,7 +107,7 @@ def quantize_file(
         if on_plan is not None:
             on_plan(plan)
         if not dry_run:
-            load_kernels({t.target for t in plan.tensors if t.target != t.source})
+            load_kernels(sorted({t.target for t in plan.tensors if t.target != t.source}))
             _write(gguf, plan, dst, n_threads, force, progress)
     return plan
 
@@ -145,7 +145,8 @@ def make_plan(gguf: GGUFFile, recipe: Recipe, *, pure: bool = False, allow_requa
         t = plan.fallbacks[0]
         raise ModelFormatError(
             f"{gguf.path}: --pure wants {t.choice.wanted.name} everywhere, but the rows of {t.name} have {t.shape[-1]} "
-            f"elements, not a multiple of {TRAITS[t.choice.wanted].block_size}; without --pure it becomes {t.target.name}"
+            f"elements, not a multiple of {TRAITS[t.choice.wanted].block_size}; without --pure it becomes "
+            f"{t.target.name}"
         )
     return plan
 
@@ -156,11 +157,13 @@ def _check_sources(gguf: GGUFFile, tensors: list[PlannedTensor], allow_requantiz
             continue
         if t.source not in ENCODABLE:
             known = " ".join(x.name for x in ENCODABLE)
-            raise ModelFormatError(f"{gguf.path}: {t.name} is {t.source.name}, which cannot be unpacked; known are {known}")
+            raise ModelFormatError(
+                f"{gguf.path}: {t.name} is {t.source.name}, which cannot be unpacked; known are {known}"
+            )
         if not allow_requantize:
             raise ModelFormatError(
-                f"{gguf.path}: {t.name} is {t.source.name} already, and quantizing it again loses quality; start from a "
-                "BF16, F16 or F32 file, or use --allow-requantize"
+                f"{gguf.path}: {t.name} is {t.source.name} already, and quantizing it again loses quality; start from "
+                "a BF16, F16 or F32 file, or use --allow-requantize"
             )
 
 

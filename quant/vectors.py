@@ -141,7 +141,7 @@ low_half, high_half = _half(first=True), _half(first=False)
 
 
 @vector_op(f32x16, types.float32)
-def splat_16(builder, x):  # type: ignore[no-untyped-def]
+def splat_16(builder, x):
     """x in 16 lanes"""
     return splat(builder, x, 16)
 
@@ -175,7 +175,7 @@ def first_true(typingctx: Any, mask: Any) -> Any:
 
 def _loader(vector: Vec) -> Any:
     @vector_op(vector, types.int64)
-    def load(builder, address):  # type: ignore[no-untyped-def]
+    def load(builder, address):
         """All lanes from address"""
         return builder.load(pointer(builder, address, vector.llvm), align=1)
 
@@ -212,7 +212,7 @@ def stack(typingctx: Any, nbytes: Any) -> Any:
 
 
 @device
-def f16_of_f32(x):  # type: ignore[no-untyped-def]
+def f16_of_f32(x):
     """The bits of `x` as a half, rounded to nearest even, infinite beyond the largest."""
     word = np.int64(bits(x))
     sign = (word >> 16) & 0x8000
@@ -225,7 +225,7 @@ def f16_of_f32(x):  # type: ignore[no-untyped-def]
 
 
 @device
-def f32_of_f16(h):  # type: ignore[no-untyped-def]
+def f32_of_f16(h):
     """The value of a half given by its bits; infinity and NaN come out as numbers from 65536."""
     # As float32 bits the exponent is 112 too small; the product puts it right, subnormals included.
     magnitude = as_float(np.int32((h & 0x7FFF) << 13)) * as_float(np.int32(0x77800000))

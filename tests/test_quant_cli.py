@@ -175,8 +175,8 @@ def large(tmp_path_factory) -> Path:
 
 def peak_memory(*arguments: object) -> int:
     """ru_maxrss in bytes of one run of the command, which must succeed."""
-    pid = os.posix_spawn(sys.executable, [*COMMAND, *(str(a) for a in arguments)], ENV,
-                         file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)])  # fmt: skip
+    silent = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+    pid = os.posix_spawn(sys.executable, [*COMMAND, *(str(a) for a in arguments)], ENV, file_actions=silent)
     _, status, usage = os.wait4(pid, 0)
     assert status == 0
     return usage.ru_maxrss * 1024

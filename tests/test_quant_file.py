@@ -13,7 +13,7 @@ from quant_model import CASES, ENCODED, Case, hard_model, sha256
 
 from lfm2cpp.errors import ModelFormatError, OutputError, UsageError
 from lfm2cpp.ggml import FileType, GGMLType
-from lfm2cpp.gguf import TensorToWrite, Value, gguf_size, read_gguf, write_gguf
+from lfm2cpp.gguf import GGUFFile, TensorToWrite, Value, gguf_size, read_gguf, write_gguf
 from quant import encode
 from quant.encode import EncodingError
 from quant.quantize import quantize_file
@@ -107,6 +107,14 @@ def test_progress_adds_up(sources, tmp_path):
     assert plans == [plan]
 
 
+def copies(gguf: GGUFFile) -> list[TensorToWrite]:
+    """Every tensor as it is, to be written elsewhere."""
+    return [
+        TensorToWrite(t.name, t.shape, t.ggml_type, lambda name=t.name: [gguf.data(name)])
+        for t in gguf.tensors.values()
+    ]
+
+
 # --- what is refused, leaving nothing behind
 
 
@@ -137,10 +145,10 @@ def test_type_that_cannot_be_unpacked(tmp_path):
     source = hard_model(tmp_path / "in.gguf", "plain")
     with read_gguf(source) as gguf:
         tensors = [
-            TensorToWrite(t.name, t.shape, GGMLType.Q2_K, lambda n=t.shape[0]: [bytes(84 * n)])
-            if t.name == "blk.0.shortconv.in_proj.weight"
-            else TensorToWrite(t.name, t.shape, t.ggml_type, lambda name=t.name: [gguf.data(name)])
-            for t in gguf.tensors.values()
+            replace(t, ggml_type=GGMLType.Q2_K, chunks=lambda n=t.shape[0]: [bytes(84 * n)])
+            if "in_proj" in t.name
+            else t
+            for t in copies(gguf)
         ]
         write_gguf(source, gguf.metadata, tensors, force=True)
     refused(tmp_path, source, ModelFormatError, "in_proj.weight is Q2_K, which cannot", allow_requantize=True)
@@ -221,9 +229,7 @@ def test_other_architecture(tmp_path):
 def test_shards_are_joined(sources, tmp_path):
     case = Case("plain", "F32", "Q4_0")
     with read_gguf(make_source(sources, case)) as gguf:
-        tensors = [
-            TensorToWrite(t.name, t.shape, t.ggml_type, lambda name=t.name: [gguf.data(name)]) for t in gguf.tensors.values()
-        ]
+        tensors = copies(gguf)
         split = {"split.count": Value.u16(2), "split.tensors.count": Value.i32(len(tensors))}
         for no, part in enumerate((tensors[:5], tensors[5:])):
             metadata = {"split.no": Value.u16(no), **(gguf.metadata if no == 0 else {}), **split}
@@ -235,9 +241,7 @@ def test_shards_are_joined(sources, tmp_path):
 def test_alignment_of_the_source_is_kept(sources, tmp_path):
     with read_gguf(make_source(sources, Case("plain", "F32", "Q8_0"))) as gguf:
         metadata = {**gguf.metadata, "general.alignment": Value.u32(128)}
-        tensors = [
-            TensorToWrite(t.name, t.shape, t.ggml_type, lambda name=t.name: [gguf.data(name)]) for t in gguf.tensors.values()
-        ]
+        tensors = copies(gguf)
         write_gguf(tmp_path / "in.gguf", metadata, tensors)
         assert gguf_size(metadata, tensors) == (tmp_path / "in.gguf").stat().st_size
     quantize_file(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q8_0")

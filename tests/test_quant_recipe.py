@@ -31,7 +31,8 @@ ALWAYS_F32 = ("attn_norm", "ffn_norm", "token_embd_norm", "attn_q_norm", "attn_k
 
 @pytest.mark.parametrize(("name", "base", "head"), [
     ("Q4_0", "Q4_0", "Q6_K"), ("Q4_1", "Q4_1", "Q6_K"), ("Q5_0", "Q5_0", "Q6_K"), ("Q5_1", "Q5_1", "Q6_K"),
-    ("Q6_K", "Q6_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0"), ("F16", "F16", "F16"), ("BF16", "BF16", "BF16"), ("F32", "F32", "F32"),
+    ("Q6_K", "Q6_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0"), ("F16", "F16", "F16"), ("BF16", "BF16", "BF16"),
+    ("F32", "F32", "F32"),
 ])  # fmt: skip
 @pytest.mark.parametrize("pure", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
@@ -82,9 +83,10 @@ def test_one_row_is_no_matrix():
 
 
 def test_order_is_by_layer_number_then_name():
-    names = ["blk.10.a", "blk.9.z", "blk.9.A", "output.weight", "token_embd.weight", "token_embd_norm.weight", "zz", "blk.2.a"]
-    expected = ["output.weight", "token_embd.weight", "token_embd_norm.weight", "zz", "blk.2.a", "blk.9.A", "blk.9.z", "blk.10.a"]
-    assert sorted(names, key=sort_key) == expected
+    expected = ["output.weight", "token_embd.weight", "token_embd_norm.weight", "zz"]
+    expected += ["blk.2.a", "blk.9.A", "blk.9.z", "blk.10.a"]
+    assert sorted(reversed(expected), key=sort_key) == expected
+    assert sorted(sorted(expected), key=sort_key) == expected
 
 
 @pytest.mark.parametrize("name", RECIPES)
