@@ -18,6 +18,7 @@ from .hparams import check_architecture
 from .json_file import read_object
 from .provenance import read_model_card
 from .safetensors_file import StoredTensor, read_header
+from .shown import some
 from .vocab import TokenizerFiles
 
 Note = Callable[[str], None]
@@ -139,13 +140,13 @@ def _weight_files(directory: Path, note: Note) -> list[Path]:
         paths = [inside(directory, name) for name in names]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise CheckpointError(f"{directory}: shards of {INDEX} are missing: {_some(missing)}; download them")
+            raise CheckpointError(f"{directory}: shards of {INDEX} are missing: {some(missing)}; download them")
         if extra := sorted(set(present) - set(names)):
-            note(f"{directory}: not in {INDEX} and not used: {_some(extra)}")
+            note(f"{directory}: not in {INDEX} and not used: {some(extra)}")
         return paths
     if "model.safetensors" in present:
         if others := [name for name in present if name != "model.safetensors"]:
-            note(f"{directory}: model.safetensors is used, these are not: {_some(others)}")
+            note(f"{directory}: model.safetensors is used, these are not: {some(others)}")
         return [_regular(inside(directory, "model.safetensors"))]
     return [inside(directory, name) for name in _complete_series(directory, present)]
 
@@ -160,7 +161,7 @@ def _complete_series(directory: Path, present: list[str]) -> list[str]:
     missing = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, min(n, 1000) + 1)]
     missing = [name for name in missing if name not in present]
     if len(counts) > 1 or missing:
-        raise CheckpointError(f"{directory}: shards are missing: {_some(missing)}; download them and {INDEX}")
+        raise CheckpointError(f"{directory}: shards are missing: {some(missing)}; download them and {INDEX}")
     return [match.group() for match in matches]
 
 
@@ -185,9 +186,9 @@ def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
     weight_map = read_weight_map(directory)
     wrong = [n for n in weight_map if n not in tensors or tensors[n].path.name != weight_map[n]]
     if wrong:
-        raise CheckpointError(f"{directory / INDEX}: tensors are not in the shards it names: {_some(wrong)}")
+        raise CheckpointError(f"{directory / INDEX}: tensors are not in the shards it names: {some(wrong)}")
     if unlisted := sorted(set(tensors) - set(weight_map)):
-        raise CheckpointError(f"{directory / INDEX}: tensors of the shards are not listed: {_some(unlisted)}")
+        raise CheckpointError(f"{directory / INDEX}: tensors of the shards are not listed: {some(unlisted)}")
 
 
 def _generation_config(directory: Path, note: Note) -> dict[str, Any]:
@@ -207,12 +208,7 @@ def _no_weights(directory: Path) -> CheckpointError:
         return CheckpointError(f"{directory}: is a LoRA adapter, not a model; merge it into its base model first")
     if pickles:
         return CheckpointError(
-            f"{directory}: has only pickle files ({_some(pickles)}), which are never opened because they can run code; "
+            f"{directory}: has only pickle files ({some(pickles)}), which are never opened because they can run code; "
             "save the model as safetensors (transformers: model.save_pretrained(DIRECTORY)) and convert that"
         )
     return CheckpointError(f"{directory}: has no weights; a checkpoint needs {NEEDED}")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:100] for name in names[:most]) + more

@@ -14,6 +14,8 @@ from typing import Any
 from lfm2cpp.arch import lfm2
 from lfm2cpp.errors import CheckpointError
 
+from .shown import shown, some
+
 SUPPORTED = ("Lfm2ForCausalLM", "LFM2ForCausalLM")
 MAX_LAYERS = 1024
 # The defaults of Lfm2Config that transformers and llama.cpp both apply; taking one is worth a word.
@@ -37,8 +39,8 @@ def check_architecture(config: Mapping[str, Any], file: str) -> None:
     found = config.get("architectures")
     if isinstance(found, list) and len(found) == 1 and found[0] in SUPPORTED:
         return
-    shown = ", ".join(map(str, found)) if isinstance(found, list) and found else "none" if not found else str(found)
-    raise CheckpointError(f"{file}: architectures is {shown[:200]}; supported is exactly one of: {', '.join(SUPPORTED)}")
+    names = some(found) if isinstance(found, list) and found else shown(found or "none")
+    raise CheckpointError(f"{file}: architectures is {names}; supported is exactly one of: {', '.join(SUPPORTED)}")
 
 
 def read_config(config: Mapping[str, Any], file: str, note: Note) -> CheckpointConfig:
@@ -118,7 +120,7 @@ class _Getter:
         return DEFAULTS[keys[0]]
 
     def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {key} is {str(value)[:100]}, expected {expected}")
+        return CheckpointError(f"{self.file}: {key} is {shown(value)}, expected {expected}")
 
 
 def _refuse_unsupported(get: _Getter) -> None:
@@ -140,10 +142,9 @@ def _layer_kinds(get: _Getter, n_layer: int) -> list[str]:
     if not isinstance(kinds, list) or len(kinds) != n_layer:
         n = len(kinds) if isinstance(kinds, list) else "no list"
         raise CheckpointError(f"{get.file}: layer_types has {n} entries, num_hidden_layers is {n_layer}")
-    unknown = sorted({str(kind)[:40] for kind in kinds if kind not in ("conv", "full_attention")})
-    if unknown:
+    if unknown := sorted({str(kind) for kind in kinds if kind not in ("conv", "full_attention")}):
         raise CheckpointError(
-            f"{get.file}: layer_types has unknown kinds {', '.join(unknown)[:200]}; known are conv and full_attention"
+            f"{get.file}: layer_types has unknown kinds {some(unknown)}; known are conv and full_attention"
         )
     return kinds
 

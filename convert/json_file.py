@@ -15,6 +15,7 @@ from lfm2cpp.errors import CheckpointError
 
 MAX_BYTES = 16 << 20
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|-?Infinity|NaN', re.DOTALL)
 
 
@@ -46,12 +47,17 @@ def parse_json(data: bytes, name: str) -> Any:
     """The value of JSON text; `name` is what errors call it."""
     text = _decode(data, name)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(text):  # pairs are one character; half of one is no Unicode, and no file could hold it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except _Refused:
         problem, offset = _first_refused(text)
         raise CheckpointError(f"{name}: {problem} at {_place(text, offset)}") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{name}: invalid JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{name}: half a surrogate pair, not valid Unicode text") from None
     except RecursionError:
         raise CheckpointError(f"{name}: JSON nested too deeply at {_place(text, _deepest(text))}") from None
     except ValueError as error:

@@ -15,6 +15,7 @@ from lfm2cpp.errors import CheckpointError, UsageError
 from lfm2cpp.gguf import Metadata, Value
 
 from .model_names import parse_model_id, title
+from .shown import shown
 
 Facts = dict[str, Any]  # by GGUF key without `general.`
 Note = Callable[[str], None]
@@ -120,7 +121,7 @@ def read_model_card(path: Path, note: Note) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             lines = file.read(MAX_CARD_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        note(f"{path}: not read ({error}): no model card metadata")
+        note(f"{path}: not read ({shown(error)}): no model card metadata")
         return {}
     if not lines or lines[0] != "---":
         return {}
@@ -136,7 +137,7 @@ def _front_matter(text: str, path: Path, note: Note) -> dict[str, Any]:
     try:
         card = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        note(f"{path}: front matter is not valid YAML ({' '.join(str(error).split())[:120]}): ignored")
+        note(f"{path}: front matter is not valid YAML ({shown(' '.join(str(error).split()))}): ignored")
         return {}
     return card if isinstance(card, dict) else {}
 
@@ -196,7 +197,7 @@ def _put(metadata: Metadata, key: str, value: Any, kind: str) -> None:
         return
     if not isinstance(value, (int, float)) or value != value or (kind == "i32" and int(value) != value):
         expected = "a whole number" if kind == "i32" else "a number"
-        raise CheckpointError(f"{key} is {str(value)[:80]}, expected {expected}; check generation_config.json or --metadata")
+        raise CheckpointError(f"{key} is {shown(value)}, expected {expected}; check generation_config.json or --metadata")
     if abs(value) > (2**31 - 1 if kind == "i32" else 3e38):
         raise CheckpointError(f"{key} is {value}, out of range; check generation_config.json or --metadata")
     metadata[key] = Value.i32(int(value)) if kind == "i32" else Value.f32(value)

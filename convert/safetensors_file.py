@@ -15,6 +15,7 @@ from typing import Any
 from lfm2cpp.errors import CheckpointError
 
 from .json_file import parse_json
+from .shown import shown
 
 MAX_HEADER = 16 << 20  # 150,000 tensors; the format's own limit is 100 MB
 READ_CHUNK = 1 << 20
@@ -105,18 +106,18 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise CheckpointError(f"{where}: unknown dtype {str(dtype)[:40]!r}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(dtype)!r}")
     if not _is_int_list(shape) or len(shape) > 8:
-        raise CheckpointError(f"{where}: shape {str(shape)[:80]} is not a list of sizes")
+        raise CheckpointError(f"{where}: shape {shown(shape)} is not a list of sizes")
     if not _is_int_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {str(offsets)[:80]} are not two rising positions")
+        raise CheckpointError(f"{where}: data_offsets {shown(offsets)} are not two rising positions")
     nbytes = ITEM_SIZE[dtype]
     for n in shape:
         nbytes *= n
     if nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where}: {dtype} {str(shape)[:80]} takes {str(nbytes)[:40]} bytes, its data_offsets give "
-            f"{str(offsets[1] - offsets[0])[:40]}"
+            f"{where}: {dtype} {shown(shape)} takes {shown(nbytes)} bytes, its data_offsets give "
+            f"{offsets[1] - offsets[0]}"
         )
     return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
 

@@ -18,6 +18,7 @@ from lfm2cpp.ggml import TRAITS, GGMLType
 from .encode import FLOATS, as_f32, item_size
 from .hparams import CheckpointConfig
 from .safetensors_file import StoredTensor
+from .shown import some
 
 Note = Callable[[str], None]
 
@@ -28,7 +29,6 @@ NOT_TEXT = (
     "vision_tower.", "vision_model.", "vision_embedder.", "multi_modal_projector.", "conformer.", "audio_",
     "codebook_", "depth_", "depthformer.",
 )  # fmt: skip
-MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def match_tensors(
     missing = [n for n in entries if n not in by_name and not (config.tied and n == head.hf_name)]
     unknown = [n for n in by_name if n not in entries]
     if missing or unknown:
-        told = [f"{kind} {_some(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        told = [f"{kind} {some(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
         raise CheckpointError(f"{_directory(stored)}: tensors do not fit config.json: {'; '.join(told)}")
     _check_shapes([(entries[n], tensor) for n, tensor in by_name.items()])
     if rounded := [t.name for t in by_name.values() if t.dtype == "F64"]:
-        note(f"{len(rounded)} tensors are float64 and are rounded to float32: {_some(rounded)}")
+        note(f"{len(rounded)} tensors are float64 and are rounded to float32: {some(rounded)}")
     return hparams, [(entries[n], tensor) for n, tensor in by_name.items()]
 
 
@@ -121,7 +121,7 @@ def _text_tensors(stored: Sequence[StoredTensor], note: Note) -> dict[str, Store
             raise CheckpointError(f"{tensor.path}: {tensor.name!r} and {by_name[name].name!r} are both {name!r}")
         by_name[name] = tensor
     if skipped:
-        note(f"{len(skipped)} vision and audio tensors are left out, only the text model is converted: {_some(skipped)}")
+        note(f"{len(skipped)} vision and audio tensors are left out, only the text model is converted: {some(skipped)}")
     return by_name
 
 
@@ -180,13 +180,8 @@ def _check_shapes(pairs: Sequence[tuple[TensorEntry, StoredTensor]]) -> None:
         if tensor.shape != expected:
             wrong.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected)}")
     if wrong:
-        raise CheckpointError(f"{_directory([t for _, t in pairs])}: shapes do not fit config.json: {_some(wrong)}")
+        raise CheckpointError(f"{_directory([t for _, t in pairs])}: shapes do not fit config.json: {some(wrong)}")
 
 
 def _directory(stored: Sequence[StoredTensor]) -> str:
     return str(stored[0].path.parent) if stored else "checkpoint"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(name[:120] for name in names[:MAX_SHOWN]) + more

@@ -15,6 +15,8 @@ from typing import Any
 
 from lfm2cpp.errors import CheckpointError
 
+from .shown import shown
+
 Note = Callable[[str], None]
 
 PRE = "lfm2"
@@ -106,17 +108,17 @@ def recognise_pre_tokenizer(tokenizer: Mapping[str, Any], path: str, force_pre: 
 def _pre_tokenizer_problem(tokenizer: Mapping[str, Any]) -> str | None:
     """What differs from LFM2's rules, or None."""
     if (normalizer := tokenizer.get("normalizer")) not in (None, {"type": "Sequence", "normalizers": []}):
-        return f"it has a normalizer ({_type_of(normalizer)})"
+        return f"it has a normalizer ({shown(_type_of(normalizer))})"
     steps = tokenizer.get("pre_tokenizer")
     steps = steps.get("pretokenizers") if _type_of(steps) == "Sequence" else [steps]
     if not isinstance(steps, list) or [_type_of(step) for step in steps] != ["Split", "ByteLevel"]:
         kinds = [_type_of(step) for step in steps] if isinstance(steps, list) else ["?"]
-        return f"its steps are {' + '.join(kinds)[:100]}, expected Split + ByteLevel"
+        return f"its steps are {shown(' + '.join(kinds))}, expected Split + ByteLevel"
     split, byte_level = steps
     pattern = split.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-    if regex not in LFM2_REGEXES:
-        return f"its regular expression is {str(regex)[:200]!r}"
+    if not isinstance(regex, str) or regex not in LFM2_REGEXES:
+        return f"its regular expression is {shown(regex, 200)!r}"
     if str(split.get("behavior")).lower() not in ("isolated", "removed") or split.get("invert") not in (None, False, True):
         return "its Split has another behavior"
     if (str(split["behavior"]).lower() == "removed") != bool(split.get("invert")):
@@ -133,7 +135,7 @@ def _type_of(step: Any) -> str:
 def _check_structure(tokenizer: Mapping[str, Any], path: str) -> None:
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise CheckpointError(f"{path}: model is {_type_of(model)}, expected a byte-level BPE")
+        raise CheckpointError(f"{path}: model is {shown(_type_of(model))}, expected a byte-level BPE")
     if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
         raise CheckpointError(f"{path}: model.vocab is missing or empty")
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in model["vocab"].values()):
@@ -162,7 +164,7 @@ def _library_vocabulary(files: TokenizerFiles, path: str) -> tuple[dict[str, int
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exceptions, and TypeErrors for wrong fields
-        raise CheckpointError(f"{path}: refused by the tokenizers library: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{path}: refused by the tokenizers library: {shown(' '.join(str(error).split()), 200)}") from None
 
 
 def _declared_tokens(files: TokenizerFiles) -> list[Any]:
@@ -219,7 +221,7 @@ def _added_token(value: Any, files: TokenizerFiles) -> Any:
         return AddedToken(value, special=True)
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
-        raise CheckpointError(f"{files.directory}: a declared token is {str(value)[:80]}, expected text or an object with content")
+        raise CheckpointError(f"{files.directory}: a declared token is {shown(value)}, expected text or an object with content")
     return AddedToken(content, **{k: bool(value[k]) for k in FLAGS if k in value})
 
 
