@@ -127,7 +127,7 @@ def short_conv(h: F64, w: dict[str, F64], il: int, hp: HParams, state: State, no
     past = np.concatenate([state.conv[il], bx])                                     # -> (d_conv + n_tokens, n_embd)
     conv = note("conv", sum(past[j : j + n_tokens] * taps[:, j] for j in range(hp.l_cache)))
     state.conv[il] = past[n_tokens:]                                                # -> (d_conv, n_embd)
-    y = note("conv_gate", c * conv)
+    y = note("conv_out_gated", c * conv)
     return note("conv_out", linear(y, w["shortconv.out_proj.weight"]))              # -> (n_tokens, n_embd)
 
 

@@ -134,7 +134,7 @@ def test_what_hooks_catch_is_what_transformers_returns(checkpoint):
     )
     b, c, x = np.split(trace["conv_in-0"], 3, axis=1)
     np.testing.assert_array_equal(trace["bx-0"], b * x)
-    np.testing.assert_array_equal(trace["conv_gate-0"], c * trace["conv-0"])
+    np.testing.assert_array_equal(trace["conv_out_gated-0"], c * trace["conv-0"])
 
 
 def test_every_type_that_runs_has_limits():

@@ -65,6 +65,11 @@ class File:
     def is_float32(self) -> bool:
         return set(self.types.values()) == {GGMLType.F32}
 
+    @property
+    def is_exact(self) -> bool:
+        """Nothing may be rounded to less than float32."""
+        return self.is_float32 and self.kv_type == "f32"
+
 
 def run_both(hf: Runner, ours: Runner, tokens: Sequence[int], n_decode: int) -> Runs:
     """Prefill both with `tokens`, then feed both the `n_decode` tokens that HF finds most likely."""
@@ -91,16 +96,18 @@ def greedy_choices(runs: Runs) -> list[int]:
 
 def judge(runs: Runs, file: File) -> tuple[list[Line], list[Score]]:
     """A verdict on every intermediate of both phases, and on the logits."""
-    if file.is_float32:
-        limit = limits.FLOAT32 if file.kv_type == "f32" else limits.FLOAT32_F16_KV
-        lines = compare(runs, lambda phase, name: limit)
+    if file.is_exact:
+        lines = compare(runs, lambda phase, name: limits.FLOAT32)
         if not all(line.ok for line in lines):
-            lines = compare(runs, _allow_rounding(runs, reference_trace(file.model, runs.all_tokens), limit))
+            lines = compare(runs, _allow_rounding(runs, reference_trace(file.model, runs.all_tokens)))
         return lines, _scores(runs, {phase: limits.FLOAT32_KL for phase in runs.phases})
     roundings = activation_roundings(runs.hparams, file.types, file.kv_type)
     rounded = reference_trace(file.model, runs.all_tokens, roundings)
     lines = compare(runs, _allow_file(runs, rounded)) + check_arithmetic(runs, file)
-    return lines, _scores(runs, _allowed_kl(runs, rounded))
+    scores = _scores(runs, _allowed_kl(runs, rounded))
+    if file.is_float32:
+        scores += [_f16_kv_score(line) for line in lines if line.name == LOGITS and line.phase in runs.phases]
+    return lines, scores
 
 
 def compare(runs: Runs, limit: Limit) -> list[Line]:
@@ -134,12 +141,12 @@ def check_arithmetic(runs: Runs, file: File) -> list[Line]:
     return lines
 
 
-def _allow_rounding(runs: Runs, exact: Trace, least: float) -> Limit:
+def _allow_rounding(runs: Runs, exact: Trace) -> Limit:
     """Where transformers itself is far from exact arithmetic, ours need not be nearer to it than that."""
 
     def limit(phase: str, name: str) -> float:
         own = relative_rms(runs.hf[phase][name], exact[name][runs.phases[phase]])
-        return max(least, limits.ROUNDING_RATIO * own) if own <= limits.ROUNDING_MAX else least
+        return max(limits.FLOAT32, limits.ROUNDING_RATIO * own if own <= limits.ROUNDING_MAX else 0.0)
 
     return limit
 
@@ -171,6 +178,10 @@ def _scores(runs: Runs, kl_limits: Mapping[str, float]) -> list[Score]:
             scores.append(Score(phase, "KL(HF || ours), nats", kl_divergence(ours, theirs), limit))
             scores.append(Score(phase, "top-1 agreement", top1_agreement(ours, theirs)))
     return scores
+
+
+def _f16_kv_score(line: Line) -> Score:
+    return Score(line.phase, "relative RMS", line.rel_rms, limits.F16_KV)
 
 
 def _line(phase: str, item: Intermediate, ours: np.ndarray | None, theirs: np.ndarray, limit: float) -> Line:

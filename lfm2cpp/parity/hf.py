@@ -94,7 +94,7 @@ class HFRunner:
 
     def _watch_conv(self, conv: Any, il: int) -> None:
         self._watch_output(conv.in_proj, f"conv_in-{il}")
-        self._watch_input(conv.out_proj, f"conv_gate-{il}")
+        self._watch_input(conv.out_proj, f"conv_out_gated-{il}")
         self._watch_output(conv.out_proj, f"conv_out-{il}")
 
         def keep_bx(module: Any, args: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lfm2cpp.arch.lfm2 import HParams
 
 BEFORE_LAYERS = ("inp_embd",)
-CONV = ("attn_norm", "conv_in", "bx", "conv", "conv_gate", "conv_out")
+CONV = ("attn_norm", "conv_in", "bx", "conv", "conv_out_gated", "conv_out")
 ATTENTION = ("attn_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "attn", "attn_out")
 FFN = ("ffn_inp", "ffn_norm", "ffn_gate", "ffn_up", "ffn_swiglu", "ffn_out", "l_out")
 AFTER_LAYERS = ("result_norm", "result_output")
@@ -20,7 +20,7 @@ LOGITS = "result_output"
 # product of a matrix -> (its input, the matrix). The inputs feed nothing else than such products.
 LINEAR = {
     "conv_in": ("attn_norm", "shortconv.in_proj.weight"),
-    "conv_out": ("conv_gate", "shortconv.out_proj.weight"),
+    "conv_out": ("conv_out_gated", "shortconv.out_proj.weight"),
     "q": ("attn_norm", "attn_q.weight"),
     "k": ("attn_norm", "attn_k.weight"),
     "v": ("attn_norm", "attn_v.weight"),

@@ -6,23 +6,25 @@ from lfm2cpp.ggml import GGMLType
 
 # An F32 file: what two float32 implementations that only add in another order stay below (numeric contract, 1).
 FLOAT32 = 1e-5
-FLOAT32_F16_KV = 2e-4
 # ... except where transformers' own float32 is farther than that from exact arithmetic, in deep stacks of random
 # weights: ours may then be this many times as far from transformers as transformers is from float64.
 ROUNDING_RATIO = 3.0
 # ... and beyond this it is no rounding but another function.
 ROUNDING_MAX = 1e-4
 FLOAT32_KL = 1e-6  # nats
+# An F32 file with an f16 KV cache: the logits.
+F16_KV = 2e-4
 
 # Other files: one operation of ours against float64 on the same inputs.
 EXACT_OP = 1e-5  # norms, rotation, gates, convolution, residuals: no rounding is allowed there
 F16_KV_ATTENTION = 1e-3  # 2^-11 on each key and value, seen through one softmax
-LINEAR_RATIO = 2.0  # times the error of exact arithmetic on rounded activations
+LINEAR_RATIO = 1.5  # times the error of exact arithmetic on rounded activations
 
 # Other files, whole: against transformers, times the error of the reference with rounded activations. Nearly all of
-# it is the file's own loss, which is the same on both sides. The rest depends on how the roundings fall, which
-# averages out with more tokens: see `slack`.
-FILE_RATIO = 1.25
+# it is the file's own loss, the same on both sides; on the golden checkpoint llama.cpp's logits are within 0.3 % of
+# this figure for BF16, Q8_0, Q6_K and both kinds of Q4_0. The rest depends on how the roundings fall, which averages
+# out with more tokens: see `slack`. Measured for the engine over six seeds: at most 1.07 at 24 tokens, 1.17 at 2.
+FILE_RATIO = 1.05
 
 # GGUF weight against the checkpoint's, for the worst row. The block types' figures are the worst that one block can
 # do: half a step, over the RMS of a block that is one outlier and near-zeros; Q4_0 also cuts the opposite extreme.
@@ -39,4 +41,4 @@ WEIGHT = {
 
 def slack(n_tokens: int) -> float:
     """FILE_RATIO, wider for few tokens."""
-    return FILE_RATIO + 1 / n_tokens**0.5
+    return FILE_RATIO + 0.5 / n_tokens**0.5

@@ -49,7 +49,7 @@ class Report:
     hf: str
     gguf: str
     versions: dict[str, str]
-    mode: str  # "float32": all weights F32; "rounded": any other file
+    mode: str  # "float32": weights and KV cache; "rounded": anything else
     kinds: list[str]  # of each layer: conv or attention
     tokens: list[int]
     hf_tokens: list[int]  # HF's greedy continuation
@@ -130,7 +130,7 @@ def table(report: Report, *, verbose: bool = False) -> str:
 
 def _head(report: Report) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    how = "float32: equal to rounding" if report.mode == "float32" else "stored weights: no worse than they have to be"
+    how = "float32: equal up to rounding" if report.mode == "float32" else "judged by what its types must lose"
     return [f"HF    {report.hf}", f"GGUF  {report.gguf} ({how})", f"with  {versions}", ""]
 
 

@@ -78,7 +78,7 @@ def check_parity(
             hf=str(request.hf),
             gguf=str(request.gguf) if request.gguf else "converted to F32 for this check",
             versions=_versions(hf),
-            mode="float32" if file.is_float32 else "rounded",
+            mode="float32" if file.is_exact else "rounded",
             kinds=["conv" if facts.hparams.is_conv(il) else "attention" for il in range(facts.hparams.n_layer)],
             tokens=tokens,
             hf_tokens=runs.continuation,
