@@ -119,10 +119,10 @@ def finish_head(state, n_embd_head, out):
 
 
 @device
-def quantize_head(out, act, n_groups, head, n_embd_head):
+def quantize_head(out, act, n_groups, head, n_embd_head, one_token):
     """The blocks of one head; heads are whole blocks where `act` is given."""
     for i in range(0, n_embd_head, 32):
-        quantize_block(out + 4 * i, act, n_groups, (head * n_embd_head + i) // 32)
+        quantize_block(out + 4 * i, act, n_groups, (head * n_embd_head + i) // 32, one_token)
 
 
 def make_attend(n_queries: int, element: str, size: int) -> Any:
@@ -203,7 +203,7 @@ def make_attention(element: str, size: int) -> Any:
             at = out + (begin + i) * stride + 4 * head * n_embd_head
             finish_head(states + i * row, n_embd_head, at)
             if act:
-                quantize_head(at, act + (begin + i) * act_stride, n_groups, head, n_embd_head)
+                quantize_head(at, act + (begin + i) * act_stride, n_groups, head, n_embd_head, False)
 
     def attention(q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale: F32, parts, out, act, batch,
                   scratch, scratch_bytes, work, ith, nth):  # fmt: skip
@@ -251,8 +251,8 @@ def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, 
     state = scratch + ith * scratch_bytes
     row = 4 * (RESULT_HEAD + n_padded)
     n_groups, act_stride = n_groups_of(n_head * n_embd_head), activation_stride(n_head * n_embd_head)
-    positions = load_i64(batch + 8 * POSITIONS)
-    for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head, nth):
+    positions, n_tokens = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * N_TOKENS)
+    for unit in range(ith, n_tokens * n_head, nth):
         t, head = divmod(unit, n_head)
         mine = (load_i32(positions + 4 * t) + CHUNK_TOKENS) // CHUNK_TOKENS
         for chunk in range(mine):
@@ -260,7 +260,7 @@ def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, 
         at = out + 4 * unit * n_embd_head
         finish_head(state, n_embd_head, at)
         if act:
-            quantize_head(at, act + t * act_stride, n_groups, head, n_embd_head)
+            quantize_head(at, act + t * act_stride, n_groups, head, n_embd_head, n_tokens == 1)
 
 
 attention_f16 = make_attention("f16", 2)

@@ -28,9 +28,7 @@ FROM_CALLER = ("work", "ith", "nth")
 # No fastmath: sums keep the order they are written in, at every level and on every machine.
 # LLVM may not fuse a*b+c by itself either; a kernel that wants a fused operation says fma.
 device = numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True)
-"""For the helpers of kernels: compiled into their callers."""
-
-
+"""For the small helpers of kernels: compiled into their callers."""
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Mark a function as a kernel that plans, or Python, can call by "module:function"."""
     function.is_kernel = True  # type: ignore[attr-defined]

@@ -148,8 +148,7 @@ class KernelLibrary:
         self._cache = KernelCache()
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine()
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engines: list[llvm.ExecutionEngine] = []
         self.compiled_names: list[str] = []  # those that were not in the cache
 
     def load(self, names: Iterable[str], progress: Progress | None = None) -> dict[str, Kernel]:
@@ -182,9 +181,13 @@ class KernelLibrary:
     def _link(self, name: str, compiled: Compiled | None) -> bool:
         if compiled is None:
             return False
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.object_code))
-        self._engine.finalize_object()
-        address = self._engine.get_function_address(compiled.symbol)
+        # An engine each: helpers of two kernels may carry the same name.
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(compiled.object_code))
+        engine.finalize_object()
+        self._engines.append(engine)
+        address = engine.get_function_address(compiled.symbol)
         self._loaded[name] = Kernel(name, address, compiled.params, ENTRY_TYPE(address))
         return True
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .activation import activation_stride, block_offset, n_groups_of
+import numpy as np
+
+from .activation import activation_stride, n_groups_of
 from .compiler import device, kernel
-from .scalar import atomic_add, load_i64, load_u8, store_i8
+from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, load_f32, splat_f32, store_f32, transpose_square
@@ -83,6 +85,7 @@ def make_decode(weights: ModuleType) -> Any:
 
     @device
     def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, scratch):
+        keep_apart()
         lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
         if n % (32 * W):
@@ -101,63 +104,93 @@ TAIL_BYTES = 64 * W  # of scratch: the blocks of an incomplete group, zero beyon
 assert max(W // (t.BLOCK // 32) * t.BLOCK_BYTES for t in (q4_0, q4_1, q6_K, q8_0)) <= TAIL_BYTES
 
 
-def make_prefill(weights: ModuleType) -> Any:
-    """A panel of 2 W rows by every token, for a block type."""
+def make_unpack(weights: ModuleType) -> Any:
     unpack_block, panel_block = weights.unpack_block, weights.PANEL_BLOCK
 
     @device
     def unpack_panel(w, row_bytes, n, panel):
+        keep_apart()
         n_blocks = n // 32
         for c in range(min(W, n_blocks)):
             for b in range(c, n_blocks, W):
                 unpack_block(w, row_bytes, b, panel)
                 panel += panel_block
 
-    def make_run_tile(n_tokens: int) -> Any:
-        tile = make_tile(n_tokens)
-        zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
+    return unpack_panel
 
-        @device
-        def run_tile(panel, act, n, stride, totals):
-            n_groups, n_blocks = n_groups_of(n), n // 32
-            for i in range(2 * n_tokens):
-                store_f32(totals + i * 4 * W, splat_f32(0.0))
-            for c in range(min(W, n_blocks)):
-                f = zero(0)
-                for b in range(c, n_blocks, W):
-                    f = finish(f, panel, act + block_offset(b), act + 4 * b, n_groups, stride)
-                    panel += panel_block
-                add_to(totals, f)
 
-        return run_tile
-
-    wide, small = make_run_tile(TILE_TOKENS), make_run_tile(SMALL_TILE)
+def make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
+    """A panel by a few tokens, for a block type."""
+    tile, panel_block = make_tile(n_tokens), weights.PANEL_BLOCK
+    zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
 
     @device
-    def store_tile(totals, out, add, ld, t, count, row):
-        for i in range(count):
-            for half in range(2):
-                where = (t + i) * ld + 4 * row + half * 4 * W
-                value = load_f32(totals + (2 * i + half) * 4 * W)
+    def run_tile(panel, act, n, stride, totals):
+        keep_apart()
+        n_groups, n_blocks = n_groups_of(n), n // 32
+        for i in range(2 * n_tokens):
+            store_f32(totals + i * 4 * W, splat_f32(0.0))
+        for c in range(min(W, n_blocks)):
+            f = zero(0)
+            place = c * n_groups
+            for b in range(c, n_blocks, W):
+                f = finish(f, panel, act + 32 * place, act + 4 * place, n_groups, stride)
+                panel += panel_block
+                place += 1
+            add_to(totals, f)
+
+    return run_tile
+
+
+@device
+def store_tile(totals, out, add, ld, t, count, row, n_rows):
+    """Sums of `count` tokens from t on, rows row .. row + 2 W - 1 as far as there are; ld: bytes between two tokens"""
+    for i in range(count):
+        sums, where = totals + i * 8 * W, (t + i) * ld + 4 * row
+        if row + 2 * W <= n_rows:
+            for half in range(0, 8 * W, 4 * W):
+                value = load_f32(sums + half)
                 if add:
-                    value = value + load_f32(add + where)
-                store_f32(out + where, value)
+                    value = value + load_f32(add + where + half)
+                store_f32(out + where + half, value)
+        else:
+            for r in range(0, 4 * (n_rows - row), 4):
+                below = load_scalar(add + where + r) if add else np.float32(0.0)
+                store_scalar(out + where + r, load_scalar(sums + r) + below)
+
+
+def make_prefill(weights: ModuleType) -> Any:
+    """A panel of 2 W rows by every token, for a block type."""
+    unpack_panel, panel_block = make_unpack(weights), weights.PANEL_BLOCK
+    wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
 
     @device
-    def prefill_panel(w, row_bytes, n, act, stride, out, add, ld, row, n_tokens, scratch):
-        totals = scratch + TAIL_BYTES
+    def whole_rows(w, row_bytes, n_rows, scratch):
+        """Address of 2 W rows: w, or a copy completed with zeros where fewer are left."""
+        if n_rows >= 2 * W:
+            return w
+        for i in range(n_rows * row_bytes):
+            store_i8(scratch + i, load_u8(w + i))
+        for i in range(n_rows * row_bytes, 2 * W * row_bytes):
+            store_i8(scratch + i, 0)
+        return scratch
+
+    @device
+    def prefill_panel(w, row_bytes, n_rows, n, act, stride, out, add, row, n_tokens, scratch):
+        totals, ld = scratch, 4 * n_rows
         panel = totals + TILE_TOKENS * 8 * W
-        unpack_panel(w + row * row_bytes, row_bytes, n, panel)
+        rows = whole_rows(w + row * row_bytes, row_bytes, n_rows - row, panel + n // 32 * panel_block)
+        unpack_panel(rows, row_bytes, n, panel)
         t = 0
         while t < n_tokens:
             left = n_tokens - t
             if left <= SMALL_TILE:
                 small(panel, act + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, left, row)
+                store_tile(totals, out, add, ld, t, left, row, n_rows)
                 t += SMALL_TILE
             else:
                 wide(panel, act + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, min(left, TILE_TOKENS), row)
+                store_tile(totals, out, add, ld, t, min(left, TILE_TOKENS), row, n_rows)
                 t += TILE_TOKENS
 
     return prefill_panel
@@ -184,17 +217,10 @@ def make_mul_mat(weights: ModuleType) -> Any:
                 decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, mine)
                 first = atomic_add(work, 1) * step
             return
-        stride, ld = activation_stride(n), 4 * n_rows
+        stride = activation_stride(n)
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
-            if row + 2 * W <= n_rows:
-                prefill_panel(w, row_bytes, n, act, stride, out, add, ld, row, n_tokens, mine)
-            else:
-                for t in range(n_tokens):
-                    below = add + t * ld if add else 0
-                    decode_rows(
-                        w, row_bytes, n_rows, n, act + t * stride, out + t * ld, below, row, n_rows, mine
-                    )
+            prefill_panel(w, row_bytes, n_rows, n, act, stride, out, add, row, n_tokens, mine)
             row = atomic_add(work, 1) * (2 * W)
 
     return kernel(mul_mat)

@@ -28,9 +28,9 @@ def segment_of(n, ith, nth):
 
 
 @device
-def quantize_part(x, act, n_groups, first, last):
+def quantize_part(x, act, n_groups, first, last, one_token):
     for k in range(first, last, SEGMENT):
-        quantize_block(x + 4 * k, act, n_groups, k // SEGMENT)
+        quantize_block(x + 4 * k, act, n_groups, k // SEGMENT, one_token)
 
 
 @kernel
@@ -39,10 +39,10 @@ def quantize_rows(x, n, act, count, ith, nth):
     n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
     if n_tokens == 1:
         first, last = segment_of(n, ith, nth)
-        quantize_part(x, act, n_groups, first, last)
+        quantize_part(x, act, n_groups, first, last, True)
         return
     for t in range(ith, n_tokens, nth):
-        quantize_part(x + 4 * t * n, act + t * stride, n_groups, 0, n)
+        quantize_part(x + 4 * t * n, act + t * stride, n_groups, 0, n, False)
 
 
 @device
@@ -83,7 +83,7 @@ def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
         below = out + 4 * n * t
         scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
         if act:
-            quantize_part(below, act + t * stride, n_groups, first, last)
+            quantize_part(below, act + t * stride, n_groups, first, last, n_tokens == 1)
 
 
 @device
@@ -105,7 +105,7 @@ def swiglu(gate, up, n, out, act, count, ith, nth):
         row = 4 * n * t
         swiglu_part(gate + row, up + row, out + row, first, last)
         if act:
-            quantize_part(out + row, act + t * stride, n_groups, first, last)
+            quantize_part(out + row, act + t * stride, n_groups, first, last, n_tokens == 1)
 
 
 @kernel

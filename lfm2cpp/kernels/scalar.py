@@ -72,6 +72,18 @@ def f32_of_bits(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def keep_apart(typingctx: Any) -> Any:
+    """First line of a large helper: LLVM must not inline it, so that its inner loop has all registers to itself."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.function.attributes.discard("alwaysinline")
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def fma_f32(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c in float32 with one rounding."""
 

@@ -8,7 +8,7 @@ sequence can be taken back to any page end.
 from __future__ import annotations
 
 from .activation import activation_stride, n_groups_of, quantize_block
-from .batch import N_RUNS, RUN_CONV, RUN_FIELDS, RUN_FIRST, RUN_PAGES, RUN_PAST, RUN_TOKENS, RUNS
+from .batch import N_RUNS, N_TOKENS, RUN_CONV, RUN_FIELDS, RUN_FIRST, RUN_PAGES, RUN_PAST, RUN_TOKENS, RUNS
 from .compiler import device, kernel
 from .ops import SEGMENT
 from .scalar import load_i64
@@ -82,6 +82,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
     """
     d_conv, n_groups, stride = l_cache - 1, n_groups_of(n), activation_stride(n)
     segments = (n + SEGMENT - 1) // SEGMENT
+    one_token = load_i64(batch + 8 * N_TOKENS) == 1
     for r in range(load_i64(batch + 8 * N_RUNS)):
         run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
         begin, n_tokens = load_i64(run + 8 * RUN_FIRST), load_i64(run + 8 * RUN_TOKENS)
@@ -97,7 +98,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
                     bx + row if bx else 0, conv + row, out + row,
                 )  # fmt: skip
                 if act:
-                    quantize_block(out + row + 4 * first, act + (begin + t) * stride, n_groups, segment)
+                    quantize_block(out + row + 4 * first, act + (begin + t) * stride, n_groups, segment, one_token)
                 if (past + t + 1) % PAGE_TOKENS == 0:
                     page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
                     save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)

@@ -35,10 +35,9 @@ def padded_head(n_embd_head: int) -> int:
 
 
 def panel_nbytes(n: int) -> int:
-    """Scratch bytes that a product with rows of n needs at most: a panel of any type and its sums."""
-    blocks = -(-n // 32)
+    """Scratch bytes that a product with rows of n needs at most: a panel, a copy of its rows, sums."""
     runs = -(-n // PANEL_ROWS)
-    return max(blocks * 88 * W, runs * PANEL_ROWS * 4 * PANEL_ROWS) + 64 * W * W + 4096
+    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + 64 * W * W + 4096
 
 
 def attention_nbytes(n_padded: int) -> int:

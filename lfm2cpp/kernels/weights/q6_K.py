@@ -125,7 +125,7 @@ def finish_block(tile):
     @device
     def finish(f, panel, a, tables, n_groups, stride):
         low = dot(start(tables + n_groups * ACT_Z32_LOW, stride), panel, a, stride)
-        high = dot(start(tables + n_groups * ACT_Z32_HIGH, stride), panel + 32 * W, a + 4 * W, stride)
+        high = dot(start(tables + n_groups * ACT_Z32_HIGH, stride), panel + 32 * W, a + 16, stride)
         sums = combine(low, panel + LOW_SCALES, high, panel + HIGH_SCALES)  # exact: below 2**24
         return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D, stride)
 
