@@ -64,7 +64,8 @@ class LLM:
         if verbose:
             from .terminal import note
 
-            note(f"{self.path}: context {self.n_ctx()}, vocabulary {self.n_vocab()}, {session.engine.n_threads} threads")
+            threads = session.engine.n_threads
+            note(f"{self.path}: context {self.n_ctx()}, vocabulary {self.n_vocab()}, {threads} threads")
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None = None, **options: Any) -> LLM:
@@ -119,6 +120,10 @@ class LLM:
             raise UsageError(f"unknown option {', '.join(sorted(options))}; see help(LLM.stream)")
         return Request(ids, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop), **known)
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise UsageError for options that `stream` and `chat_stream` would refuse."""
+        self._request((0,), dict(options))
+
     def _check_bias(self, sampling: SamplingParams) -> None:
         for token_id in sampling.logit_bias or ():
             if token_id >= self.n_vocab():
@@ -155,6 +160,10 @@ class LLM:
         """The conversation as the chat template writes it."""
         template = self._open_session().template
         return template.render(_as_messages(messages), add_generation_prompt=add_generation_prompt, **variables).text
+
+    def template_source(self) -> str:
+        """The chat template in use."""
+        return self._open_session().template.source
 
     def logits(self, prompt: Prompt, *, every: bool = False) -> NDArray[np.float32]:
         """Logits (n_vocab,) for the token after `prompt`, or (n_tokens, n_vocab) after each of its tokens."""
@@ -230,7 +239,9 @@ class LLM:
 def _local_path(path: str | os.PathLike[str]) -> Path:
     from .hub import download, parse_hub_id
 
-    hub_id = parse_hub_id(path) if isinstance(path, str) and not os.path.lexists(path) else None
+    if not isinstance(path, str) or path.lower().endswith(".gguf") or os.path.lexists(path):
+        return Path(path)
+    hub_id = parse_hub_id(path)
     return Path(path) if hub_id is None else download(hub_id[0], quant=hub_id[1])
 
 
