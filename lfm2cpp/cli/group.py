@@ -59,8 +59,12 @@ def invoke(command: click.Command, prog_name: str) -> None:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays in force
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     try:
-        code: Any = command.main(prog_name=prog_name, standalone_mode=False)
+        # Not command.main: that one answers a closed pipe itself, and not with 141.
+        with command.make_context(prog_name, sys.argv[1:]) as context:
+            code: Any = command.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        code = done.exit_code
     except LFM2Error as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -89,7 +93,8 @@ def _hint_at_file_name(error: click.NoSuchOption) -> None:
 
 
 def fail(message: str, exit_code: int) -> None:
-    """One line on stderr, whatever the message holds, then exit."""
+    """One line on stderr, whatever the message holds, then exit; a second Ctrl-C meanwhile changes nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     click.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(exit_code)
 
