@@ -1,4 +1,4 @@
-"""Random Lfm2ForCausalLM models of any small shape, made and saved by transformers itself: an oracle with nothing of ours.
+"""Random Lfm2ForCausalLM models of any small shape, made and saved by transformers: an oracle with nothing of ours.
 
     from hf_model import hf_model                       # needs torch: pytest.importorskip("torch") first
     hf = hf_model(tmp_path / "hf", hidden_size=128, conv_L_cache=4, layer_types=["conv", "full_attention"])

@@ -1,9 +1,9 @@
 """The parity check: both models on the same tokens, prefill then token by token, then every verdict.
 
 A file whose weights are all F32 must equal transformers to float32 rounding, intermediate by intermediate. Any other
-file has lost something itself, so three questions are asked instead: are its weights the checkpoint's, as far as their
-types can hold them; is each of our operations what float64 makes of the same inputs and stored weights; and is the
-whole no farther from transformers than such a file has to be.
+file, and an f16 KV cache, has lost something itself, so three questions are asked instead: are its weights the
+checkpoint's, as far as their types can hold them; is each of our operations what float64 makes of the same inputs
+and stored weights; and is the whole no farther from transformers than such a file has to be.
 """
 
 from __future__ import annotations
@@ -62,13 +62,9 @@ class File:
     kv_type: str = "f32"
 
     @property
-    def is_float32(self) -> bool:
-        return set(self.types.values()) == {GGMLType.F32}
-
-    @property
     def is_exact(self) -> bool:
         """Nothing may be rounded to less than float32."""
-        return self.is_float32 and self.kv_type == "f32"
+        return set(self.types.values()) == {GGMLType.F32} and self.kv_type == "f32"
 
 
 def run_both(hf: Runner, ours: Runner, tokens: Sequence[int], n_decode: int) -> Runs:
@@ -104,10 +100,7 @@ def judge(runs: Runs, file: File) -> tuple[list[Line], list[Score]]:
     roundings = activation_roundings(runs.hparams, file.types, file.kv_type)
     rounded = reference_trace(file.model, runs.all_tokens, roundings)
     lines = compare(runs, _allow_file(runs, rounded)) + check_arithmetic(runs, file)
-    scores = _scores(runs, _allowed_kl(runs, rounded))
-    if file.is_float32:
-        scores += [_f16_kv_score(line) for line in lines if line.name == LOGITS and line.phase in runs.phases]
-    return lines, scores
+    return lines, _scores(runs, _allowed_kl(runs, rounded))
 
 
 def compare(runs: Runs, limit: Limit) -> list[Line]:
@@ -178,10 +171,6 @@ def _scores(runs: Runs, kl_limits: Mapping[str, float]) -> list[Score]:
             scores.append(Score(phase, "KL(HF || ours), nats", kl_divergence(ours, theirs), limit))
             scores.append(Score(phase, "top-1 agreement", top1_agreement(ours, theirs)))
     return scores
-
-
-def _f16_kv_score(line: Line) -> Score:
-    return Score(line.phase, "relative RMS", line.rel_rms, limits.F16_KV)
 
 
 def _line(phase: str, item: Intermediate, ours: np.ndarray | None, theirs: np.ndarray, limit: float) -> Line:

@@ -172,7 +172,8 @@ def _import() -> tuple[Any, Any]:
         raise UsageError(f"parity needs torch and transformers ({error}); install them with: {INSTALL}") from None
     found = transformers.__version__
     if int(found.split(".")[0]) < MIN_TRANSFORMERS:
-        raise UsageError(f"transformers is {found}, parity needs {MIN_TRANSFORMERS}.0 or newer; install it with: {INSTALL}")
+        needed = f"parity needs {MIN_TRANSFORMERS}.0 or newer"
+        raise UsageError(f"transformers is {found}, {needed}; install it with: {INSTALL}")
     return torch, transformers
 
 

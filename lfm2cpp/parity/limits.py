@@ -12,8 +12,6 @@ ROUNDING_RATIO = 3.0
 # ... and beyond this it is no rounding but another function.
 ROUNDING_MAX = 1e-4
 FLOAT32_KL = 1e-6  # nats
-# An F32 file with an f16 KV cache: the logits.
-F16_KV = 2e-4
 
 # Other files: one operation of ours against float64 on the same inputs.
 EXACT_OP = 1e-5  # norms, rotation, gates, convolution, residuals: no rounding is allowed there

@@ -43,7 +43,8 @@ def check_same_shape(hf: HParams, gguf: HParams) -> None:
             theirs, ours = float(np.float32(theirs)), float(np.float32(ours))
         if theirs != ours and field.name not in NOT_COMPUTED:
             raise CheckpointError(
-                f"checkpoint and GGUF are different models: {field.name} is {theirs} in the checkpoint, {ours} in the GGUF"
+                f"checkpoint and GGUF are different models: "
+                f"{field.name} is {theirs} in the checkpoint, {ours} in the GGUF"
             )
 
 

@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lfm2cpp import reference
-from lfm2cpp.arch.validate import validate_model
+from lfm2cpp import __version__, reference
+from lfm2cpp.arch.validate import ModelFacts, validate_model
 from lfm2cpp.errors import CheckpointError
 from lfm2cpp.gguf.reader import GGUFFile, read_gguf
 
@@ -21,9 +20,6 @@ from .check import File, greedy_choices, judge, run_both
 from .models import check_same_shape, check_same_vocabulary, compare_weights
 from .report import Report, Score
 from .runners import EngineRunner, Runner
-
-if TYPE_CHECKING:
-    from .hf import HFRunner
 
 DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog. 12 + 34 = 46, said the fox."
 N_RANDOM_TOKENS = 24
@@ -62,22 +58,19 @@ def check_parity(
         check_same_shape(hf.hparams, facts.hparams)
         check_same_vocabulary(request.hf, gguf)
         tokens, scores = _tokens(request, gguf, facts.hparams.n_vocab)
-        types = {name: info.ggml_type for name, info in facts.tensors.items()}
-        n_weights = sum(math.prod(info.shape) for info in facts.tensors.values())
-        model = reference.load_model(path, keep=8 * n_weights <= MAX_KEPT_BYTES)
-        file = File(model, types, request.kv_type)
         progress(f"running both on {len(tokens)} tokens, then {request.n_decode} one by one")
         n_ctx = len(tokens) + request.n_decode + 1
         with runner(path, n_ctx=n_ctx, n_threads=request.n_threads, kv_type=request.kv_type) as ours:
             runs = run_both(hf, ours, tokens, request.n_decode)
+        file = _file(path, facts, request.kv_type)
         progress("comparing the weights")
-        lines = compare_weights(hf, model, types)
+        lines = compare_weights(hf, file.model, file.types)
         progress("comparing the intermediates")
         judged, more_scores = judge(runs, file)
         return Report(
             hf=str(request.hf),
             gguf=str(request.gguf) if request.gguf else "converted to F32 for this check",
-            versions=_versions(hf),
+            versions={"lfm2cpp": __version__, **hf.versions},
             mode="float32" if file.is_exact else "rounded",
             kinds=["conv" if facts.hparams.is_conv(il) else "attention" for il in range(facts.hparams.n_layer)],
             tokens=tokens,
@@ -87,6 +80,13 @@ def check_parity(
             scores=scores + more_scores,
             notes=[*gguf.warnings, *facts.warnings, *_unseen(runs.hf["prefill"], runs.ours["prefill"])],
         )
+
+
+def _file(path: Path, facts: ModelFacts, kv_type: str) -> File:
+    """The GGUF for the judge; its weights stay unpacked between passes if they are not too large."""
+    n_weights = sum(math.prod(info.shape) for info in facts.tensors.values())
+    model = reference.load_model(path, keep=8 * n_weights <= MAX_KEPT_BYTES)
+    return File(model, {name: info.ggml_type for name, info in facts.tensors.items()}, kv_type)
 
 
 @contextmanager
@@ -129,8 +129,3 @@ def _unseen(theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
     names = [name for name in ours if name not in theirs]
     return [f"{len(names)} intermediates are not visible in transformers, the first is {names[0]}"] if names else []
 
-
-def _versions(hf: HFRunner) -> dict[str, str]:
-    import lfm2cpp
-
-    return {"lfm2cpp": lfm2cpp.__version__, **hf.versions}
