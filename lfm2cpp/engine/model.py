@@ -92,7 +92,5 @@ def attention(plan: Plan, x: Rows, h: Rows, layer: Attention, w: Weights, hp: HP
 def swiglu_ffn(plan: Plan, x: Rows, ffn: FeedForward, hp: HParams, il: int) -> Rows:
     """x + down(silu(gate(n)) * up(n)), n = norm(x)."""
     n = plan.rms_norm(x, ffn.norm, hp.norm_rms_eps, f"ffn_norm-{il}")
-    gate = plan.mul_mat(ffn.gate, n, f"ffn_gate-{il}", sync=False)
-    up = plan.mul_mat(ffn.up, n, f"ffn_up-{il}")
-    hidden = plan.swiglu(gate, up, f"ffn_swiglu-{il}")
+    hidden = plan.swiglu_ffn(ffn.gate, ffn.up, n, il)
     return plan.mul_mat_add(ffn.down, hidden, x, f"ffn_out-{il}", f"l_out-{il}")

@@ -153,6 +153,8 @@ class Plan:
             x.act = self._side_buffer(f"act {x.n}", self._act_nbytes(x.n))  # by width: padding must stay zero
             if x.producer is not None and "act" in x.producer.args:
                 x.producer.args["act"] = x.act
+                if "hidden" in x.producer.args and not self.trace:
+                    x.producer.args["hidden"] = 0  # its float32 rows have no other reader
             else:
                 args = {"x": x.address, "n": x.n, "act": x.act, "count": x.count}
                 self._record("ops:quantize_rows", "quantize", args)
@@ -223,6 +225,23 @@ class Plan:
         out = self._rows("sum", name, a.n)
         args = {"a": a.address, "b": b.address, "n": a.n, "out": out.address, "count": a.count}
         self._record("ops:add", "add", args)
+        return out
+
+    def swiglu_ffn(self, gate: Weight, up: Weight, x: Rows, il: int) -> Rows:
+        """silu(gate x) * (up x), in one op where both matrices have the same block type."""
+        if self.trace or gate.ggml_type != up.ggml_type or gate.ggml_type in FLOAT_TYPES:
+            g = self.mul_mat(gate, x, f"ffn_gate-{il}", sync=False)
+            return self.swiglu(g, self.mul_mat(up, x, f"ffn_up-{il}"), f"ffn_swiglu-{il}")
+        n_rows, n = gate.shape
+        out = self._rows("swiglu", f"ffn_swiglu-{il}", n_rows, x.count)
+        args = {"gate": gate.address, "up": up.address, "row_bytes": gate.row_bytes, "n_rows": n_rows, "n": n,
+                "x": self._quantized(x), "hidden": out.address, "act": 0, "count": x.count}  # fmt: skip
+        self.scratch(widths.panel_nbytes(n) + 64 * 1024)
+        label = f"swiglu {gate.ggml_type.name}"
+        cost = {"macs": 2 * n_rows * n, "nbytes": 2 * gate.nbytes}
+        op = self._record(f"swiglu:swiglu_{kernel_type(gate)}", label, args, **cost)
+        if widths.PANEL_ROWS == 32:
+            out.producer = op
         return out
 
     def swiglu(self, gate: Rows, up: Rows, name: str) -> Rows:

@@ -159,21 +159,22 @@ def store_tile(totals, out, add, ld, t, count, row, n_rows):
                 store_scalar(out + where + r, load_scalar(sums + r) + below)
 
 
+@device
+def whole_rows(w, row_bytes, n_rows, scratch):
+    """Address of 2 W rows: w, or a copy completed with zeros where fewer are left."""
+    if n_rows >= 2 * W:
+        return w
+    for i in range(n_rows * row_bytes):
+        store_i8(scratch + i, load_u8(w + i))
+    for i in range(n_rows * row_bytes, 2 * W * row_bytes):
+        store_i8(scratch + i, 0)
+    return scratch
+
+
 def make_prefill(weights: ModuleType) -> Any:
     """A panel of 2 W rows by every token, for a block type."""
     unpack_panel, panel_block = make_unpack(weights), weights.PANEL_BLOCK
     wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
-
-    @device
-    def whole_rows(w, row_bytes, n_rows, scratch):
-        """Address of 2 W rows: w, or a copy completed with zeros where fewer are left."""
-        if n_rows >= 2 * W:
-            return w
-        for i in range(n_rows * row_bytes):
-            store_i8(scratch + i, load_u8(w + i))
-        for i in range(n_rows * row_bytes, 2 * W * row_bytes):
-            store_i8(scratch + i, 0)
-        return scratch
 
     @device
     def prefill_panel(w, row_bytes, n_rows, n, act, stride, out, add, row, n_tokens, scratch):

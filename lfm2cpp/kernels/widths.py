@@ -35,9 +35,9 @@ def padded_head(n_embd_head: int) -> int:
 
 
 def panel_nbytes(n: int) -> int:
-    """Scratch bytes that a product with rows of n needs at most: a panel, a copy of its rows, sums."""
+    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, sums."""
     runs = -(-n // PANEL_ROWS)
-    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + 64 * W * W + 4096
+    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + 128 * W * W + 8192
 
 
 def attention_nbytes(n_padded: int) -> int:

@@ -1,0 +1,130 @@
+"""The first half of the feed-forward, fused: silu(gate x) * (up x), quantized for the product that follows.
+
+Both matrices' rows are multiplied together, so gate and up never reach memory. The arithmetic is that of mul_mat and
+swiglu one after the other, bit for bit.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from .activation import activation_stride, n_groups_of, quantize_block
+from .compiler import device, kernel
+from .math import silu
+from .mul_mat import (
+    SMALL_TILE,
+    TAIL_BYTES,
+    make_decode,
+    make_run_tile,
+    make_unpack,
+    rows_of_chunk,
+    whole_rows,
+)
+from .scalar import atomic_add, load_i64
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .simd import W, load_f32, store_f32
+from .tile import TILE_TOKENS
+from .weights import q4_0, q4_1, q6_K, q8_0
+
+ROWS = 2 * W  # rows that are finished together
+SUMS = 4 * ROWS  # bytes of one token's sums of them
+
+
+@device
+def finish_rows(gate, up, hidden, act, n_groups, row, n_rows, one_token):
+    """hidden = silu(gate) * up for ROWS rows from `row` on, all three at SUMS bytes; then their block of `act`."""
+    for i in range(0, SUMS, 4 * W):
+        store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
+    if act:
+        quantize_block(gate, act, n_groups, row // 32, one_token)
+    if hidden:
+        for i in range(0, 4 * min(ROWS, n_rows - row), 4):
+            store_scalar(hidden + 4 * row + i, load_scalar(gate + i))
+
+
+def make_decode_swiglu(weights: ModuleType) -> Any:
+    decode_rows = make_decode(weights)
+
+    @device
+    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, scratch):
+        """Rows first .. last - 1 by one token."""
+        gate_sums = scratch + TAIL_BYTES + 8 * W * W
+        up_sums = gate_sums + SUMS
+        n_groups = n_groups_of(n_rows)
+        for row in range(first, last, ROWS):
+            count = min(ROWS, n_rows - row)
+            decode_rows(gate + row * row_bytes, row_bytes, count, n, x, gate_sums, 0, 0, count, scratch)
+            decode_rows(up + row * row_bytes, row_bytes, count, n, x, up_sums, 0, 0, count, scratch)
+            finish_rows(gate_sums, up_sums, hidden, act, n_groups, row, n_rows, True)
+
+    return decode_swiglu
+
+
+def make_prefill_swiglu(weights: ModuleType) -> Any:
+    unpack_panel, panel_block = make_unpack(weights), weights.PANEL_BLOCK
+    wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
+
+    @device
+    def prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, scratch):
+        """Rows row .. row + ROWS - 1 by every token."""
+        gate_sums = scratch
+        up_sums = gate_sums + TILE_TOKENS * SUMS
+        gate_panel = up_sums + TILE_TOKENS * SUMS
+        up_panel = gate_panel + n // 32 * panel_block
+        spare = up_panel + n // 32 * panel_block
+        for w, panel in ((gate, gate_panel), (up, up_panel)):
+            unpack_panel(whole_rows(w + row * row_bytes, row_bytes, n_rows - row, spare), row_bytes, n, panel)
+        stride, act_stride, n_groups = activation_stride(n), activation_stride(n_rows), n_groups_of(n_rows)
+        t = 0
+        while t < n_tokens:
+            at, left = x + t * stride, n_tokens - t
+            if left <= SMALL_TILE:
+                small(gate_panel, at, n, stride, gate_sums)
+                small(up_panel, at, n, stride, up_sums)
+                count, step = left, SMALL_TILE
+            else:
+                wide(gate_panel, at, n, stride, gate_sums)
+                wide(up_panel, at, n, stride, up_sums)
+                count, step = min(left, TILE_TOKENS), TILE_TOKENS
+            for i in range(count):
+                finish_rows(
+                    gate_sums + i * SUMS, up_sums + i * SUMS, hidden + 4 * (t + i) * n_rows if hidden else 0,
+                    act + (t + i) * act_stride if act else 0, n_groups, row, n_rows, False,
+                )  # fmt: skip
+            t += step
+
+    return prefill_swiglu
+
+
+def make_swiglu(weights: ModuleType) -> Any:
+    decode_swiglu, prefill_swiglu = make_decode_swiglu(weights), make_prefill_swiglu(weights)
+
+    def swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, count, scratch, scratch_bytes, work, ith, nth):
+        """hidden[t] = silu(gate x[t]) * (up x[t]); gate, up: (n_rows, n), x: quantized rows.
+
+        The result goes to `hidden`, float32 (n_tokens, n_rows), and to `act`, quantized, whichever is not 0; `act` only
+        where ROWS is a whole block.
+        """
+        n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
+        if n_tokens == 1:
+            step = rows_of_chunk(n_rows, nth, ROWS)
+            first = atomic_add(work, 1) * step
+            while first < n_rows:
+                last = min(first + step, n_rows)
+                decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, mine)
+                first = atomic_add(work, 1) * step
+            return
+        row = atomic_add(work, 1) * ROWS
+        while row < n_rows:
+            prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, mine)
+            row = atomic_add(work, 1) * ROWS
+
+    return kernel(swiglu)
+
+
+swiglu_q4_0 = make_swiglu(q4_0)
+swiglu_q4_1 = make_swiglu(q4_1)
+swiglu_q6_K = make_swiglu(q6_K)
+swiglu_q8_0 = make_swiglu(q8_0)
