@@ -11,7 +11,7 @@ import pytest
 from parity_checks import SHAPE, check, reference_runner, swap_b_and_c
 from tiny_model import tiny_gguf, tiny_hf
 
-from lfm2cpp.errors import CheckpointError, UsageError
+from lfm2cpp.errors import CheckpointError, LFM2Error, UsageError
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: pip install 'lfm2cpp[parity]'")
 torch.set_num_threads(1)  # on tiny matrices the threads of torch wait for each other longer than they compute
@@ -56,18 +56,22 @@ def test_different_vocabularies_are_refused_with_the_first_difference(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, checkpoint):
+    gguf = tiny_gguf(tmp_path / "m.gguf", **SHAPE)
     with pytest.raises(CheckpointError, match="not a directory"):
-        check(tmp_path / "none")
+        check(tmp_path / "none", gguf)
     with pytest.raises(CheckpointError, match="config.json"):
-        check(tmp_path)
+        check(tmp_path, gguf)
     other = tiny_hf(tmp_path / "llama", config={"model_type": "llama"})
     with pytest.raises(CheckpointError, match="model_type is 'llama'"):
-        check(other)
+        check(other, gguf)
     incomplete = tiny_hf(tmp_path / "hf", **{**SHAPE, "n_layer": 3})
     config = json.loads((checkpoint / "config.json").read_text())
     (incomplete / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"missing.*model\.layers\.3"):
-        check(incomplete)
+        check(incomplete, gguf)
+    for missing in (tmp_path / "none", tmp_path / "none.gguf"):
+        with pytest.raises(LFM2Error, match="none"):
+            check(missing if missing.suffix == "" else checkpoint, missing if missing.suffix else None)
 
 
 def test_ids_outside_the_vocabulary_are_a_usage_error(checkpoint, tmp_path):

@@ -34,7 +34,7 @@ class HFRunner:
     label = "transformers"
 
     def __init__(self, path: Path) -> None:
-        torch, transformers = _import()
+        torch, transformers = require_torch()
         _check_directory(path)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -164,7 +164,8 @@ class HFRunner:
         return conv
 
 
-def _import() -> tuple[Any, Any]:
+def require_torch() -> tuple[Any, Any]:
+    """The modules torch and transformers. Raises UsageError when one is missing or too old."""
     try:
         import torch
         import transformers

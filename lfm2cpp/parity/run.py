@@ -49,12 +49,13 @@ def check_parity(
 
     `runner(path, n_ctx=, n_threads=, kv_type=)` is who is compared with Hugging Face: the engine.
     """
-    from .hf import HFRunner
+    from .hf import HFRunner, require_torch
 
-    progress("loading the checkpoint into transformers, float32")
-    hf = HFRunner(request.hf)
+    require_torch()
     with _gguf(request, progress) as path, read_gguf(path) as gguf:
         facts = validate_model(gguf)
+        progress("loading the checkpoint into transformers, float32")
+        hf = HFRunner(request.hf)
         check_same_shape(hf.hparams, facts.hparams)
         check_same_vocabulary(request.hf, gguf)
         tokens, scores = _tokens(request, gguf, facts.hparams.n_vocab)
