@@ -171,6 +171,8 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
             half, t = divmod(i, n_tokens)
             where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
             _store(builder, where, builder.fadd(_load(builder, where, _F32), value))
+        # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return Tile(
         n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_i8_value), dots(4, dot_u7_value),
