@@ -8,7 +8,8 @@ last page. Pages are counted references; full ones are kept for later prompts an
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lfm2cpp.errors import ContextError
 from lfm2cpp.kernels.widths import PAGE_TOKENS, padded_head
 
 KV_BYTES = {"f16": 2, "f32": 4}
+PAGE_FORMAT = 1  # of saved pages: to be raised when a kernel changes what lies where in a page
 SLAB_PAGES = 16
 ALIGNMENT = 64
 
@@ -86,7 +88,11 @@ def zeroed(nbytes: int) -> np.ndarray:
 
 
 class PagePool:
-    """Pages of one size with reference counts, handed out zeroed or used; memory is committed as pages are touched."""
+    """Pages of one size with reference counts, handed out zeroed or used; memory is committed as pages are touched.
+
+    Whoever drops a page first forgets it and then releases it: an exception in between (Ctrl-C can strike anywhere)
+    may lose a page, but never hands one out twice.
+    """
 
     def __init__(self, page_bytes: int, max_pages: int) -> None:
         self.page_bytes, self.max_pages = page_bytes, max_pages
@@ -94,9 +100,16 @@ class PagePool:
         self._free: list[int] = []
         self._references: list[int] = []
         self.prefixes: OrderedDict[bytes, int] = OrderedDict()  # hash of a prefix -> the page that ends it
+        self.abandoned: deque[SequenceState] = deque()  # of sequences that were dropped without being closed
+
+    @property
+    def n_used(self) -> int:
+        """Pages that somebody holds, remembered prefixes included."""
+        return len(self._references) - len(self._free)
 
     def take(self) -> int:
         """A page with one reference. ContextError when all are in use."""
+        self.collect()
         if not self._free and not self._evict():
             if len(self._references) >= self.max_pages:
                 raise ContextError(
@@ -107,6 +120,11 @@ class PagePool:
         page = self._free.pop()
         self._references[page] = 1
         return page
+
+    def collect(self) -> None:
+        """Take back the pages of abandoned sequences."""
+        while self.abandoned:
+            self.abandoned.popleft().release()
 
     def _grow(self) -> None:
         n = min(SLAB_PAGES, self.max_pages - len(self._references))
@@ -122,18 +140,22 @@ class PagePool:
         for key, page in self.prefixes.items():
             if self._references[page] == 1:
                 del self.prefixes[key]
-                self.release(page)
+                self.release([page])
                 return True
         return False
 
     def share(self, page: int) -> int:
+        """The page, with one more reference."""
         self._references[page] += 1
         return page
 
-    def release(self, page: int) -> None:
-        self._references[page] -= 1
-        if self._references[page] == 0:
-            self._free.append(page)
+    def release(self, pages: Iterable[int]) -> None:
+        """Give up one reference to each of these pages."""
+        for page in pages:
+            self._references[page] -= 1
+            assert self._references[page] >= 0, "a page was released twice"
+            if self._references[page] == 0:
+                self._free.append(page)
 
     def is_shared(self, page: int) -> bool:
         return self._references[page] > 1
@@ -151,10 +173,13 @@ class PagePool:
     def find(self, key: bytes) -> int | None:
         """The page that ends this prefix, with a new reference, or None."""
         page = self.prefixes.get(key)
-        if page is None:
-            return None
-        self.prefixes.move_to_end(key)
-        return self.share(page)
+        return None if page is None else self.share(page)
+
+    def touch(self, keys: list[bytes]) -> None:
+        """These prefixes, each the parent of the next, were used just now: the longest is to be evicted first."""
+        for key in reversed(keys):
+            if key in self.prefixes:
+                self.prefixes.move_to_end(key)
 
 
 def prefix_key(parent: bytes, token_ids: list[int]) -> bytes:
@@ -165,7 +190,9 @@ def prefix_key(parent: bytes, token_ids: list[int]) -> bytes:
 class SequenceState:
     """The memory of one sequence: its tokens, its pages, its convolution state after n_past tokens.
 
-    `tokens` may be longer than n_past: after a roll-back those between are evaluated again with the next batch.
+    `tokens` may be longer than n_past, by fewer than PAGE_TOKENS: those in between are evaluated again with the next
+    batch. While a batch runs, `settled` is False; if it stays so, the batch was torn off, and `settle` goes back to the
+    last page end, where everything is known. A full page is never written again: it may be shared.
     """
 
     def __init__(self, pool: PagePool, layout: PageLayout) -> None:
@@ -173,85 +200,141 @@ class SequenceState:
         self.tokens: list[int] = []
         self.n_past = 0
         self.pages: list[int] = []
+        self.root = b""  # what prefix hashes begin with; of a loaded sequence, the digest of its file
         self.keys: list[bytes] = []  # prefix hashes of the full pages
         self.addresses = np.zeros(16, np.int64)
         self.conv = zeroed(layout.conv_bytes)
+        self.settled = True
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that it stands for, but that have to be evaluated again."""
+        return self.tokens[self.n_past :]
 
     def _set_page(self, i: int, page: int) -> None:
+        if i >= len(self.addresses):
+            self.addresses = np.concatenate([self.addresses, np.zeros(len(self.addresses), np.int64)])
+        self.addresses[i] = self.pool.view(page).ctypes.data
         if i == len(self.pages):
             self.pages.append(page)
         else:
             self.pages[i] = page
-        if i >= len(self.addresses):
-            self.addresses = np.concatenate([self.addresses, np.zeros(len(self.addresses), np.int64)])
-        self.addresses[i] = self.pool.view(page).ctypes.data
+
+    def _drop_pages(self, n: int) -> None:
+        """Keep the first n pages."""
+        dropped = self.pages[n:]
+        del self.pages[n:]
+        self.pool.release(dropped)
 
     def reserve(self, n_tokens: int) -> None:
         """Own every page that positions n_past .. n_past + n_tokens - 1 are written to."""
-        for i in range(self.n_past // PAGE_TOKENS, -(-(self.n_past + n_tokens) // PAGE_TOKENS)):
-            if i < len(self.pages) and not self.pool.is_shared(self.pages[i]):
-                continue
-            fresh = self.pool.take()
-            if i < len(self.pages):
-                self.pool.view(fresh)[:] = self.pool.view(self.pages[i])
-                self.pool.release(self.pages[i])
-            self._set_page(i, fresh)
+        for i in range(self.n_past // PAGE_TOKENS, n_pages(self.n_past + n_tokens)):
+            if i == len(self.pages):
+                self._set_page(i, self.pool.take())
+            elif self.pool.is_shared(shared := self.pages[i]):
+                own = self.pool.take()
+                self.pool.view(own)[:] = self.pool.view(shared)
+                self._set_page(i, own)
+                self.pool.release([shared])
 
-    def advance(self, n_tokens: int) -> None:
-        """n_tokens have been evaluated: pages that became full are remembered."""
-        self.n_past += n_tokens
+    def advance(self, ids: list[int]) -> None:
+        """`ids` have been evaluated from n_past on: pages that became full are remembered."""
+        end = self.n_past + len(ids)
+        if end > len(self.tokens):
+            self.tokens += ids[len(self.tokens) - end :]
+        self.n_past = end
+        self._remember_full_pages()
+        self.settled = True
+
+    def _remember_full_pages(self) -> None:
         for i in range(len(self.keys), self.n_past // PAGE_TOKENS):
-            parent = self.keys[-1] if self.keys else b""
-            key = prefix_key(parent, self.tokens[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS])
-            self.keys.append(key)
-            self.pool.remember(key, self.pages[i])
+            self.keys.append(self._key(i, self.tokens))
+            self.pool.remember(self.keys[i], self.pages[i])
 
-    def adopt_prefix(self, token_ids: list[int]) -> int:
-        """For an empty sequence: take over remembered pages that begin these tokens; returns how many tokens."""
-        parent = b""
-        for i in range((len(token_ids) - 1) // PAGE_TOKENS):
-            part = list(token_ids[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS])
-            parent = prefix_key(parent, part)
-            page = self.pool.find(parent)
-            if page is None:
-                break
-            self._set_page(i, page)
-            self.keys.append(parent)
-            self.tokens += part
-            self.n_past += PAGE_TOKENS
-        self._restore_conv()
-        return self.n_past
+    def _key(self, i: int, token_ids: list[int]) -> bytes:
+        """The prefix hash of page i, if the pages before it have theirs."""
+        parent = self.keys[i - 1] if i else self.root
+        return prefix_key(parent, token_ids[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS])
+
+    def settle(self) -> None:
+        """After a batch that did not end: forget what it may have half done, and give back what it had reserved."""
+        if not self.settled:
+            self._go_back(self.n_past // PAGE_TOKENS)
+            self._remember_full_pages()
+        self._drop_pages(n_pages(self.n_past))
 
     def truncate(self, n: int) -> None:
         """Keep the first n tokens: go back to the last page end and leave the rest to be evaluated again."""
+        if n < self.n_past:
+            self._go_back(n // PAGE_TOKENS)
         del self.tokens[n:]
-        if n >= self.n_past:
-            return
-        whole = n // PAGE_TOKENS
+
+    def _go_back(self, whole: int) -> None:
+        """To the end of the first `whole` pages."""
+        self.settled = False
         self.n_past = whole * PAGE_TOKENS
-        for page in self.pages[whole:]:
-            self.pool.release(page)
-        del self.pages[whole:], self.keys[whole:]
+        del self.keys[whole:]
+        self._drop_pages(whole)
         self._restore_conv()
+        self.settled = True
 
     def _restore_conv(self) -> None:
         """The convolution state at n_past, a page end."""
         if self.n_past == 0:
+            self.root = b""
             self.conv[:] = 0
         else:
             page = self.pool.view(self.pages[self.n_past // PAGE_TOKENS - 1])
             self.conv[:] = page[self.layout.conv_offset :][: self.layout.conv_bytes]
 
+    def reuse_prefix(self, token_ids: list[int]) -> int:
+        """Keep the tokens in common with token_ids, short of its last; returns how many.
+
+        Where other sequences have left pages that follow token_ids further than these tokens, take them over.
+        """
+        common = 0
+        for ours, theirs in zip(self.tokens, token_ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        self.truncate(common)
+        for i in range(common // PAGE_TOKENS, (len(token_ids) - 1) // PAGE_TOKENS):
+            key = self._key(i, token_ids)
+            page = self.pool.find(key)
+            if page is None:
+                break
+            self._adopt(i, key, page, token_ids)
+        self.pool.touch(self.keys)
+        return len(self.tokens)
+
+    def _adopt(self, i: int, key: bytes, page: int, token_ids: list[int]) -> None:
+        """Go on with somebody's full page as page i."""
+        self.settled = False
+        self._drop_pages(i)
+        self._set_page(i, page)
+        self.keys.append(key)
+        self.tokens[:] = token_ids[: (i + 1) * PAGE_TOKENS]
+        self.n_past = len(self.tokens)
+        self._restore_conv()
+        self.settled = True
+
     def fork(self) -> SequenceState:
         """A copy that shares every page; whoever writes to a shared page first copies it."""
         other = SequenceState(self.pool, self.layout)
-        other.tokens, other.n_past, other.keys = list(self.tokens), self.n_past, list(self.keys)
         for i, page in enumerate(self.pages):
             other._set_page(i, self.pool.share(page))
+        other.root, other.keys, other.tokens = self.root, list(self.keys), list(self.tokens)
+        other.n_past = self.n_past
         other.conv[:] = self.conv
         return other
 
     def release(self) -> None:
-        for page in self.pages:
-            self.pool.release(page)
-        self.pages, self.keys, self.tokens, self.n_past = [], [], [], 0
+        """Give everything back. What is remembered of it counts as used until now."""
+        self.pool.touch(self.keys)
+        self.tokens, self.n_past, self.keys, self.settled = [], 0, [], True
+        self._drop_pages(0)
+
+
+def n_pages(n_tokens: int) -> int:
+    """Pages that n_tokens need."""
+    return -(-n_tokens // PAGE_TOKENS)

@@ -1,6 +1,7 @@
 """A team of plain threads that replay a plan in lock-step. The calling thread leads; the others follow.
 
-Between slices the followers spin for a moment and then sleep on a lock, so an idle engine uses no CPU.
+Between slices the followers spin for a moment and then sleep on a lock, so an idle engine uses no CPU. They run native
+code only, from their start to their end.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from lfm2cpp.kernels.library import NO_RESULT, Progress, library
 
 from .plan import CompiledPlan
 
-REPLAY = "lfm2cpp.kernels.replay:"
-KERNELS = (REPLAY + "announce", REPLAY + "lead", REPLAY + "follow")
+KERNELS = tuple(f"lfm2cpp.kernels.replay:{name}" for name in ("lead", "follow", "dismiss"))
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
 def _c_function(*names: str) -> int:
@@ -26,7 +30,7 @@ def _c_function(*names: str) -> int:
     for name in names:
         for lib in libraries:
             if hasattr(lib, name):
-                return ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0
+                return _address(getattr(lib, name))
     return 0
 
 
@@ -35,9 +39,10 @@ class Team:
 
     def __init__(self, plan: CompiledPlan, n_threads: int, progress: Progress | None = None) -> None:
         kernels = library().load(KERNELS, progress)
-        self._announce, self._lead, self._follow = (kernels[name].entry for name in KERNELS)
+        self._lead, self._follow, self._dismiss = (kernels[name].entry for name in KERNELS)
         self.n_threads = n_threads
         self.plan = plan
+        self.closed = False
         size = at.WORKERS + at.WORKER_FIELDS * n_threads
         self._memory = np.zeros(size + 8, np.int64)
         self._base = -(-self._memory.ctypes.data // 64) * 64
@@ -47,38 +52,28 @@ class Team:
         self._shared[at.NO_RESULT] = NO_RESULT
         self._shared[at.YIELD] = _c_function("sched_yield", "SwitchToThread")
         self._shared[at.CLOCK] = _c_function("clock_gettime")
+        self._shared[at.ACQUIRE_LOCK] = _address(ctypes.pythonapi.PyThread_acquire_lock)
+        self._shared[at.RELEASE_LOCK] = _address(ctypes.pythonapi.PyThread_release_lock)
         self._profile = np.zeros(len(plan.ops), np.int64)
-        self._locks = [threading.Lock() for _ in range(n_threads)]
-        self._args = [np.array([self._base, i, n_threads], np.int64) for i in range(n_threads)]
         self._lead_args = np.array([self._base, n_threads], np.int64)
-        self._threads = []
-        for i in range(1, n_threads):
-            self._locks[i].acquire()
-            thread = threading.Thread(target=self._work, args=(i,), name=f"lfm2cpp-{i}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._lead_row = self._lead_args.ctypes.data
+        self._worker_args = [np.array([self._base, i, n_threads], np.int64) for i in range(n_threads)]
+        self._threads = [self._start(i) for i in range(1, n_threads)]
+
+    def _start(self, index: int) -> threading.Thread:
+        self._shared[at.WORKERS + at.WORKER_FIELDS * index + at.LOCK] = _held_lock()
+        thread = threading.Thread(target=self._work, args=(index,), name=f"lfm2cpp-{index}", daemon=True)
+        thread.start()
+        return thread
 
     def _work(self, index: int) -> None:
-        args = self._args[index].ctypes.data
-        while True:
-            self._follow(NO_RESULT, NO_RESULT, args, 0, index, self.n_threads)
-            if self._shared[at.CLOSING]:
-                return
-            self._locks[index].acquire()  # parked, until the next slice
+        self._follow(NO_RESULT, NO_RESULT, self._worker_args[index].ctypes.data, 0, index, self.n_threads)
 
     def run(self, first_op: int, last_op: int) -> None:
         """Replay ops first_op .. last_op - 1 on every thread; returns when all are done."""
+        assert not self.closed, "workers that are gone would be waited for"
         self._shared[at.FIRST_OP], self._shared[at.LAST_OP] = first_op, last_op
-        if self.n_threads > 1:
-            self._announce_slice()
-        self._lead(NO_RESULT, NO_RESULT, self._lead_args.ctypes.data, 0, 0, self.n_threads)
-
-    def _announce_slice(self) -> None:
-        self._announce(NO_RESULT, NO_RESULT, self._lead_args.ctypes.data, 0, 0, self.n_threads)
-        if self._shared[at.N_PARKED]:
-            for i in range(1, self.n_threads):
-                if self._shared[at.WORKERS + at.WORKER_FIELDS * i + at.WAKE]:
-                    self._locks[i].release()
+        self._lead(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
 
     def profile(self, on: bool) -> np.ndarray:
         """Switch timing on or off; returns the nanoseconds an op has taken since it was switched on."""
@@ -88,10 +83,19 @@ class Team:
         return times
 
     def close(self) -> None:
-        """End the threads. Safe to call twice."""
-        if self._threads:
-            self._shared[at.CLOSING] = 1
-            self._announce_slice()
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
+        """End the threads. Safe to call twice; nothing can be run afterwards."""
+        if not self.closed:
+            self.closed = True
+            self._dismiss(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+
+def _held_lock() -> int:
+    """Address of a new lock that is taken. Python's own, because the C library's differ from system to system."""
+    allocate, acquire = ctypes.pythonapi.PyThread_allocate_lock, ctypes.pythonapi.PyThread_acquire_lock
+    allocate.restype, acquire.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int]
+    lock = allocate()
+    acquire(lock, 1)
+    return lock

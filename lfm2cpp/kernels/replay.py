@@ -1,7 +1,10 @@
 """Replay a recorded plan on a team of threads: one native call a thread and slice.
 
 The plan is a table of ops, OP_FIELDS int64 each. Every thread walks the same rows; a barrier follows an op that others
-depend on. Threads that find nothing to do spin for a short while and then return, so that Python can put them to sleep.
+depend on. Threads that find nothing to do spin for a short while and then sleep on a lock of their own.
+
+The team shares no Python code: one call leads a slice from its announcement to its end, so that an exception (a signal
+can raise one between any two lines of Python) finds it either not begun or done.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from .scalar import (
     store_i64,
 )
 from .team_layout import (
+    ACQUIRE_LOCK,
     ARRIVED,
     CLOCK,
     CLOSING,
     FIRST_OP,
     GENERATION,
     LAST_OP,
-    N_PARKED,
+    LOCK,
     NO_RESULT,
     OP_ARGS,
     OP_FIELDS,
@@ -37,11 +41,11 @@ from .team_layout import (
     PARKED,
     PHASE,
     PROFILE,
+    RELEASE_LOCK,
     RUNNING,
     SEEN,
     STATE,
     TIMESPEC,
-    WAKE,
     WORKER_FIELDS,
     WORKERS,
     YIELD,
@@ -92,41 +96,50 @@ def replay_slice(team, ith, nth):
             began = now
 
 
-@kernel
+@device
 def announce(team, nth):
-    """Begin a slice: workers that spin set out at once; those that are parked are marked for Python to wake."""
+    """Begin a slice: workers that spin set out at once, those that sleep are woken."""
     atomic_add(team + 8 * GENERATION, 1)
-    n_parked = 0
     for i in range(1, nth):
         worker = team + 8 * (WORKERS + WORKER_FIELDS * i)
-        parked = atomic_swap(worker + 8 * STATE, RUNNING)
-        store_i64(worker + 8 * WAKE, parked)
-        n_parked += parked
-    store_i64(team + 8 * N_PARKED, n_parked)
+        if atomic_swap(worker + 8 * STATE, RUNNING) == PARKED:
+            call_address(load_i64(team + 8 * RELEASE_LOCK), load_i64(worker + 8 * LOCK), 0)
 
 
 @kernel
 def lead(team, nth):
-    """The calling thread's part of a slice; the team has been told by GENERATION."""
+    """The calling thread's part of a slice, from its announcement on."""
+    announce(team, nth)
     replay_slice(team, 0, nth)
 
 
 @kernel
+def dismiss(team, nth):
+    """Announce the end: every worker returns."""
+    store_i64(team + 8 * CLOSING, 1)
+    announce(team, nth)
+
+
+@device
+def wait_for_slice(team, mine, seen):
+    """Return when a slice after number `seen` has been announced."""
+    spins = 0
+    while atomic_load(team + 8 * GENERATION) == seen:
+        pause(0)
+        spins += 1
+        if spins > IDLE_SPINS and compare_and_swap(mine + 8 * STATE, RUNNING, PARKED):
+            # A slice may have been announced just before: then do not sleep, unless we are being woken already.
+            if atomic_add(team + 8 * GENERATION, 0) == seen or not compare_and_swap(mine + 8 * STATE, PARKED, RUNNING):
+                call_address(load_i64(team + 8 * ACQUIRE_LOCK), load_i64(mine + 8 * LOCK), 1)
+
+
+@kernel
 def follow(team, index, nth):
-    """A worker's life until it has been idle for a while: returns when parked or when the team closes."""
+    """A worker's life: slice after slice, until the team is dismissed."""
     mine = team + 8 * (WORKERS + WORKER_FIELDS * index)
     while True:
         seen = load_i64(mine + 8 * SEEN)
-        spins = 0
-        while atomic_load(team + 8 * GENERATION) == seen:
-            pause(0)
-            spins += 1
-            if spins > IDLE_SPINS and compare_and_swap(mine + 8 * STATE, RUNNING, PARKED):
-                # A slice may have been announced just before: then stay, unless we are being woken already.
-                if atomic_add(team + 8 * GENERATION, 0) == seen or not compare_and_swap(
-                    mine + 8 * STATE, PARKED, RUNNING
-                ):
-                    return
+        wait_for_slice(team, mine, seen)
         store_i64(mine + 8 * SEEN, seen + 1)
         if atomic_load(team + 8 * CLOSING):
             return

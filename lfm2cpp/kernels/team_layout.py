@@ -17,12 +17,13 @@ YIELD = 29  # address of sched_yield or the like
 CLOCK = 30  # address of clock_gettime
 PROFILE = 31  # address of int64 nanoseconds an op, or 0
 TIMESPEC = 32  # two fields
-N_PARKED = 34  # workers that the last announcement found asleep
+ACQUIRE_LOCK = 34  # address of PyThread_acquire_lock
+RELEASE_LOCK = 35  # address of PyThread_release_lock
 WORKERS = 40  # then WORKER_FIELDS a worker, the first one (the leader's) unused
 WORKER_FIELDS = 16
 
 STATE = 0
-WAKE = 1  # 1 when the last announcement found this worker asleep
+LOCK = 1  # address of the lock it sleeps on
 SEEN = 8
 RUNNING, PARKED = 0, 1
 
