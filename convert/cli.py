@@ -12,7 +12,7 @@ from lfm2cpp.cli.group import invoke
 from lfm2cpp.errors import CheckpointError, UsageError
 from lfm2cpp.terminal import format_size, note
 
-from .hf_to_gguf import OUTTYPES, Converted, ConvertOptions, convert_hf_to_gguf
+from .hf_to_gguf import OUTTYPES, Converted, ConvertOptions, check_options, convert_hf_to_gguf
 from .vocab import PRE
 
 
@@ -43,6 +43,7 @@ def convert(model: str, verbose: bool, offline: bool, remote: bool, **options: o
     settings = ConvertOptions(**options)  # type: ignore[arg-type]
     hub_id = _hub_id(model, remote)
     directory = Path(model)
+    check_options(settings)
     if hub_id is not None:
         from .hub import fetch_checkpoint
 

@@ -69,7 +69,7 @@ def convert_hf_to_gguf(
     Raises an LFM2Error for a checkpoint that cannot be converted and for an output that cannot be written; nothing is
     left behind then. `note` hears what a user should know but need not act on.
     """
-    _check_options(options)
+    check_options(options)
     checkpoint = open_checkpoint(Path(directory), note, weights_optional=options.vocab_only)
     config = read_config(checkpoint.config, checkpoint.config_file, note)
     outtype = guess_outtype(checkpoint.tensors) if options.outtype == "auto" else options.outtype
@@ -89,7 +89,7 @@ def convert_hf_to_gguf(
     return result
 
 
-def _check_options(options: ConvertOptions) -> None:
+def check_options(options: ConvertOptions) -> None:
     """What can be told to be wrong before anything has been read, or downloaded."""
     if options.outtype not in OUTTYPES:
         raise UsageError(f"outtype {options.outtype!r}; choose one of: {', '.join(OUTTYPES)}")

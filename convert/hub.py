@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,33 +40,63 @@ def fetch_checkpoint(hub_id: str, note: Note, *, offline: bool = False, weights:
 
     Raises CheckpointError with the cause and the remedy. With `offline` nothing is asked of the network.
     """
-    directory = _snapshot(hub_id, None, SMALL_FILES, offline)
+    from huggingface_hub import constants
+
+    if offline or constants.HF_HUB_OFFLINE:
+        return _download(hub_id, "config.json", None, offline=True).parent
+    _quiet_library()
+    names = _list_files(hub_id)
+    if "config.json" not in names:
+        raise CheckpointError(f"{hub_id}: the model on the hub has no config.json; look for one in transformers' format")
+    directory = _download(hub_id, "config.json", None).parent  # of the newest revision; the rest must be of the same
+    revision = directory.name
     read_model_config(directory)
-    if not weights:
-        return directory
-    files = sorted(set(read_weight_map(directory).values())) if (directory / INDEX).is_file() else ["model.safetensors"]
-    if not all((directory / name).exists() for name in files):
-        note(f"{hub_id}: fetching {len(files)} file{'s' if len(files) > 1 else ''} of weights into the hub cache")
-        _snapshot(hub_id, directory.name, files, offline)
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in SMALL_FILES):
+            _download(hub_id, name, revision)
+    if weights:
+        has_index = (directory / INDEX).is_file()
+        wanted = set(read_weight_map(directory).values()) if has_index else {"model.safetensors"}
+        for name in sorted(wanted & set(names)):  # others are found missing later, with everything else that is
+            if not (directory / name).is_file():
+                note(f"{hub_id}: fetching {name} into the hub cache")
+                _download(hub_id, name, revision)
     return directory
 
 
-def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str], offline: bool) -> Path:
-    import huggingface_hub
+def _list_files(hub_id: str) -> list[str]:
+    """The model's files: one request with a time-out and no repetition, so that trouble shows at once."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        info = HfApi().model_info(hub_id, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except _network_errors() as error:
+        raise _failure(error, hub_id) from None
+    return sorted(sibling.rfilename for sibling in info.siblings or [])
+
+
+def _download(hub_id: str, name: str, revision: str | None, *, offline: bool = False) -> Path:
+    """The file in the local cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=offline))
+    except _network_errors() as error:
+        raise _failure(error, hub_id) from None
+
+
+def _quiet_library() -> None:
+    """No warnings before our one line; a progress bar on a terminal only."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()  # its warnings would come before our one line
+    hub_logging.set_verbosity_error()
     if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline
-            )
-        )
-    except _network_errors() as error:
-        raise CheckpointError(f"{hub_id}: no such directory, and from the hub: {_explain(error, hub_id)}") from None
+
+
+def _failure(error: BaseException, hub_id: str) -> CheckpointError:
+    return CheckpointError(f"{hub_id}: no such directory, and from the hub: {_explain(error, hub_id)}")
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -81,8 +112,8 @@ def _explain(error: BaseException, hub_id: str) -> str:
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     chain = list(_chain(error))
-    page = f"{constants.ENDPOINT}/{hub_id}"
-    host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
+    host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]  # without a password
+    page = f"{urlsplit(constants.ENDPOINT).scheme}://{host}/{hub_id}"
     status = next((s for s in map(_status, chain) if s), None)
     login = "log in with 'hf auth login' or set HF_TOKEN"
     if any(isinstance(e, GatedRepoError) for e in chain):

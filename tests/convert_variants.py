@@ -142,7 +142,7 @@ def liquid_tokenizer(path: Path) -> None:
         t["model"]["merges"] = [" ".join(pair) for pair in t["model"]["merges"]]
         n = len(t["model"]["vocab"])
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        for i, content in enumerate(("<|new|>", "<tool>", "caf\u00e9 \u65e5\u672c", "\u2581x", "\u0120word", "\u00e9")):
+        for i, content in enumerate(("<|new|>", "<tool>", "caf\u00e9 \u65e5\u672c", "\u2581x", "\u0120word", "\u00e9\u00e9")):
             t["added_tokens"].append({"id": n + i, "content": content, **flags, "special": i == 1})
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         t["post_processor"] = {"type": "Sequence", "processors": [byte_level, t["post_processor"]]}
