@@ -55,7 +55,7 @@ def convert(hub: Hub, tmp_path: Path) -> Run:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env.update(
             HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_TOKEN=TOKEN, HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", PYTHONPATH=str(ROOT), NO_PROXY="*", HF_HUB_DISABLE_XET="1",
+            HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), NO_PROXY="*", HF_HUB_DISABLE_XET="1",
         )  # fmt: skip
         env.update(settings)
         command = [sys.executable, "-m", "lfm2cpp", "convert", *args]
