@@ -1,9 +1,10 @@
 """Chat templates: messages -> text, with the markers the template writes kept apart from what people wrote.
 
 A special piece such as `<|im_end|>` becomes its token only where the template itself wrote it. Every special piece
-inside the messages is wrapped in two private-use characters before rendering, and recognised by them afterwards.
-Text without special pieces reaches the template unchanged, so trimming, splitting and searching it work as in
-transformers; the two characters are chosen so that neither the template nor any message contains them.
+inside the messages is wrapped in two signs before rendering, and recognised by them afterwards. Text without special
+pieces reaches the template unchanged, so trimming, splitting and searching it work as in transformers. The signs are
+two characters that neither the template nor any message contains, and that repr() leaves alone; where a template
+escapes them (JSON in ASCII, say), they are known in that form too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 # transformers gives a message's reasoning to the template under each of these names.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_SIGNS = range(0x2A000, 0x2A6D0)  # rare ideographs
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ChatTemplate:
         """
         chat = [_with_reasoning(message) for message in _checked_messages(messages)]
         inputs = {"messages": chat, "tools": _plain(tools), "documents": None, **_plain(variables)}
-        start, end = _absent_characters([self.source, *_strings(inputs)])
+        start, end = _absent_signs([self.source, *_strings(inputs)])
         # The model's own calls of tools come back as part of an assistant's message: those two markers stay markers.
         user = _marker(self._pieces, start, end)
         model = _marker([p for p in self._pieces if p not in VISIBLE_PIECES], start, end)
@@ -211,14 +212,26 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(item)
 
 
-def _absent_characters(texts: Iterable[str]) -> tuple[str, str]:
-    """Two private-use characters that occur in none of `texts`."""
-    used = {c for text in texts if not text.isascii() for c in set(text) if ord(c) in _PRIVATE_USE}
-    free = (chr(c) for c in _PRIVATE_USE if chr(c) not in used)
+def _absent_signs(texts: Sequence[str]) -> tuple[str, str]:
+    """Two characters that occur in none of `texts`, neither as they are nor escaped."""
+    with_backslash = [text.lower() for text in texts if "\\" in text]
+    free = (
+        sign
+        for sign in map(chr, _SIGNS)
+        if not any(sign in text for text in texts)
+        and not any(form in text for form in _escapes(sign) for text in with_backslash)
+    )
     try:
         return next(free), next(free)
     except StopIteration:
-        raise UsageError("the messages use every private-use character of plane 15; remove some") from None
+        raise UsageError(f"the messages use all of U+{_SIGNS[0]:X} to U+{_SIGNS[-1]:X}; leave out some") from None
+
+
+def _escapes(sign: str) -> tuple[str, str, str]:
+    """How ascii(), JSON and the repr of bytes spell a character, in lower case."""
+    high, low = divmod(ord(sign) - 0x10000, 0x400)
+    utf8 = "".join(f"\\x{byte:02x}" for byte in sign.encode())
+    return f"\\u{ord(sign):08x}", f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}", utf8
 
 
 def _marker(pieces: Sequence[str], start: str, end: str) -> Callable[[str], str]:
@@ -255,9 +268,10 @@ def _separate(text: str, pieces: Sequence[str], start: str, end: str) -> Iterabl
     """Rendered text -> segments; wrapped pieces are plain text again, and the signs are gone."""
     present = sorted((p for p in pieces if p in text), key=len, reverse=True)
     any_piece = "|".join(map(re.escape, present)) or "(?!)"
+    start, end = (f"(?:{sign}|(?i:{'|'.join(map(re.escape, _escapes(sign)))}))" for sign in (start, end))
     plain: list[str] = []
     at = 0
-    for match in re.finditer(f"{start}({any_piece}){end}|[{start}{end}]|({any_piece})", text):
+    for match in re.finditer(f"{start}({any_piece}){end}|{start}|{end}|({any_piece})", text):
         plain.append(text[at : match.start()])
         at = match.end()
         if match[2] is None:
