@@ -69,6 +69,13 @@ def test_an_f16_kv_cache_of_the_engine_has_its_own_limit(types, checkpoint, tmp_
     assert report.ok, report.failure()
 
 
+def test_far_into_a_context_the_engine_is_still_equal(tmp_path):
+    shape = dict(n_layer=2, attention=(1,), n_embd=128, n_head=2, n_head_kv=1, n_ff=256)
+    ids = (np.arange(1500) * 7 % 250 + 14).tolist()
+    report = check(tiny_hf(tmp_path / "hf", **shape), tiny_gguf(tmp_path / "m.gguf", **shape), ids=ids)
+    assert report.ok, report.failure()
+
+
 def test_without_a_file_the_checkpoint_is_converted(checkpoint, runner):
     report = check(checkpoint, None, runner, ids=None, prompt="hello world and 12 names")
     assert report.ok and report.mode == "float32", report.failure()

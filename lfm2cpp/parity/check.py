@@ -96,11 +96,11 @@ def judge(runs: Runs, file: File) -> tuple[list[Line], list[Score]]:
         lines = compare(runs, lambda phase, name: limits.FLOAT32)
         if not all(line.ok for line in lines):
             lines = compare(runs, _allow_rounding(runs, reference_trace(file.model, runs.all_tokens)))
-        return lines, _scores(runs, {phase: limits.FLOAT32_KL for phase in runs.phases})
+        return lines, _scores(runs, lines, {phase: limits.FLOAT32_KL for phase in runs.phases})
     roundings = activation_roundings(runs.hparams, file.types, file.kv_type)
     rounded = reference_trace(file.model, runs.all_tokens, roundings)
     lines = compare(runs, _allow_file(runs, rounded)) + check_arithmetic(runs, file)
-    return lines, _scores(runs, _allowed_kl(runs, rounded))
+    return lines, _scores(runs, lines, _allowed_kl(runs, rounded))
 
 
 def compare(runs: Runs, limit: Limit) -> list[Line]:
@@ -163,13 +163,15 @@ def _allowed_kl(runs: Runs, rounded: Trace) -> dict[str, float]:
     }
 
 
-def _scores(runs: Runs, kl_limits: Mapping[str, float]) -> list[Score]:
+def _scores(runs: Runs, lines: Sequence[Line], kl_limits: Mapping[str, float]) -> list[Score]:
+    """What the errors of the logits mean for the next token."""
     scores = []
-    for phase, limit in kl_limits.items():
-        ours, theirs = runs.ours[phase].get(LOGITS), runs.hf[phase][LOGITS]
-        if ours is not None and ours.shape == theirs.shape:
-            scores.append(Score(phase, "KL(HF || ours), nats", kl_divergence(ours, theirs), limit))
-            scores.append(Score(phase, "top-1 agreement", top1_agreement(ours, theirs)))
+    for line in lines:
+        if line.name == LOGITS and line.phase in runs.phases and np.isfinite(line.rel_rms):
+            ours, theirs = runs.ours[line.phase][LOGITS], runs.hf[line.phase][LOGITS]
+            scores.append(Score(line.phase, "relative RMS", line.rel_rms, line.limit))
+            scores.append(Score(line.phase, "KL(HF || ours), nats", kl_divergence(ours, theirs), kl_limits[line.phase]))
+            scores.append(Score(line.phase, "top-1 agreement", top1_agreement(ours, theirs)))
     return scores
 
 

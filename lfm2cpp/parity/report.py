@@ -30,9 +30,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of the logits of a phase; `limit` is inf when it is only told, not judged."""
+    """A figure of a phase's logits, or of the prompt's tokens; `limit` is inf when it is only told, not judged."""
 
-    phase: str
+    phase: str  # prompt, prefill, decode
     name: str
     value: float
     limit: float = math.inf
@@ -122,7 +122,8 @@ def table(report: Report, *, verbose: bool = False) -> str:
         rows += [_row(report, line) for line in (lines if verbose else _worst_per_layer(lines))]
     for score in report.scores:
         limit = f"{score.limit:.1e}" if math.isfinite(score.limit) else "-"
-        rows.append((score.phase, "logits", score.name, "", f"{score.value:.3g}", limit, "", "", _verdict(score.ok)))
+        where = "tokenizer" if score.phase == "prompt" else "the logits"
+        rows.append((score.phase, where, score.name, "", f"{score.value:.3g}", limit, "", "", _verdict(score.ok)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*_head(report), *text, _continuation(report), *(f"note: {note}" for note in report.notes)])
