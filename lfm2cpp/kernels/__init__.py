@@ -3,7 +3,7 @@
     library.py    load kernels by name: from the cache of object files, else through compiler.py
     compiler.py   the only place that imports Numba to compile, and the only compile flags
     level.py      which instruction set: chosen once, overridable with LFM2CPP_SIMD
-    simd.py       the vocabulary: vectors as values, the same words at every level
+    simd/         the vocabulary: vectors as values, the same words at every level
     scalar.py     loads, stores and atomics on addresses
     weights/      one file a weight type: row -> float32, block dot products, panel unpacking
     ops           mul_mat.py, norm.py, attention.py, ...: one op each, reading as its algorithm

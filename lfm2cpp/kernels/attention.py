@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .activation import activation_stride, n_groups_of, quantize_block
-from .batch import N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, N_RUNS, SPLIT_CHUNKS
+from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from .math import exp
 from .scalar import atomic_add, load_i32, load_i64

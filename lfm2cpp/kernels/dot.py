@@ -12,7 +12,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from .scalar import I16
-from .simd import _I8, _I32, LEVEL, W, bytes_, i32
+from .simd.registers import I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, i32
 from .vector import call_llvm, constant, shuffle, vector_op
 
 _VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
@@ -23,17 +23,17 @@ I8_BIAS = 128 if _VNNI else 0
 def _vpdpbusd(builder, acc, u, a):
     # Operands as i32 lanes: old LLVMs take this form natively, newer ones upgrade it.
     name = f"llvm.x86.avx512.vpdpbusd.{LEVEL.bits}"
-    return call_llvm(builder, name, _I32, acc, builder.bitcast(u, _I32), builder.bitcast(a, _I32))
+    return call_llvm(builder, name, I32_VECTOR, acc, builder.bitcast(u, I32_VECTOR), builder.bitcast(a, I32_VECTOR))
 
 
 def _maddubs(builder, acc, u, a):
     pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * W), u, a)
     ones = constant(ir.VectorType(I16, 2 * W), 1)
-    return builder.add(acc, call_llvm(builder, "llvm.x86.avx2.pmadd.wd", _I32, pairs, ones))
+    return builder.add(acc, call_llvm(builder, "llvm.x86.avx2.pmadd.wd", I32_VECTOR, pairs, ones))
 
 
 def _sdot(builder, acc, w, a):
-    return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", _I32, acc, w, a)
+    return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32_VECTOR, acc, w, a)
 
 
 def _widened(builder, acc, w, a):
@@ -55,12 +55,12 @@ def dot_u7_value(builder, acc, u, a):
 
 def dot_i8_value(builder, acc, w, a):
     if _VNNI:
-        return _vpdpbusd(builder, acc, builder.xor(w, constant(_I8, 128)), a)
+        return _vpdpbusd(builder, acc, builder.xor(w, constant(I8_VECTOR, 128)), a)
     if LEVEL.name == "avx2":
         # |w| * (a with w's sign): products stay in a signed 16-bit pair sum as long as |a| <= 127.
-        size = call_llvm(builder, f"llvm.abs.v{4 * W}i8", _I8, w, ir.Constant(ir.IntType(1), 0))
-        minus = builder.sub(constant(_I8, 0), a)
-        signed = builder.select(builder.icmp_signed("<", w, constant(_I8, 0)), minus, a)
+        size = call_llvm(builder, f"llvm.abs.v{4 * W}i8", I8_VECTOR, w, ir.Constant(ir.IntType(1), 0))
+        minus = builder.sub(constant(I8_VECTOR, 0), a)
+        signed = builder.select(builder.icmp_signed("<", w, constant(I8_VECTOR, 0)), minus, a)
         return _maddubs(builder, acc, size, signed)
     return (_sdot if _NEON else _widened)(builder, acc, w, a)
 

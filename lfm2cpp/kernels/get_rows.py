@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from .compiler import kernel
-from .scalar import load_f16, load_f32, load_i32, load_i64, load_u16, f32_of_bits, store_f32
+from .scalar import f32_of_bits, load_f16, load_f32, load_i32, load_i64, load_u16, store_f32
 from .weights import q4_0, q4_1, q6_K, q8_0
 
 

@@ -21,11 +21,14 @@ from .compiler import device, kernel
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, load_f32, splat_f32, store_f32, transpose_square
+from .simd import W, load_f32, prefetch, splat_f32, store_f32, transpose_square
 from .tile import TILE_TOKENS, make_tile
 from .weights import q4_0, q4_1, q6_K, q8_0
 
 CHUNKS_A_THREAD = 8
+# Bytes that decode asks for ahead of what it uses. The hardware's prefetchers stop at every page of 4 KiB: on a Xeon of
+# 2023 with two loaded cores, Q4_0 went from 7.0 to 9.1 GB/s and Q8_0 from 12.6 to 14.3 (2026-11-21).
+PREFETCH = 2048
 SMALL_TILE = 2
 
 
@@ -59,6 +62,7 @@ def store_rows(lanes, columns, out, add, row, n_rows):
 def make_row_sums(weights: ModuleType) -> Any:
     """sum_row(row, row_bytes, act, n, scratch) -> W partial sums of one row for a block type."""
     row_group, dot_group = weights.row_group, weights.dot_group
+    group_bytes = W // (weights.BLOCK // 32) * weights.BLOCK_BYTES or weights.BLOCK_BYTES
 
     @device
     def sum_row(row, row_bytes, act, n, scratch):
@@ -66,7 +70,10 @@ def make_row_sums(weights: ModuleType) -> Any:
         n_full = n // (32 * W)
         acc = splat_f32(0.0)
         for g in range(n_full):
-            acc = dot_group(acc, row_group(row, g), act, n_groups, g)
+            group = row_group(row, g)
+            for i in range(PREFETCH, PREFETCH + group_bytes, 64):
+                prefetch(group + i)
+            acc = dot_group(acc, group, act, n_groups, g)
         if n_full < n_groups:
             # The last group is not whole: complete it with zero blocks.
             tail = row_group(row, n_full)

@@ -83,13 +83,14 @@ def replay_slice(team, ith, nth):
     ops, no_result = load_i64(team + 8 * OPS), load_i64(team + 8 * NO_RESULT)
     profile = load_i64(team + 8 * PROFILE) if ith == 0 else 0
     began = read_clock(team) if profile else 0
-    for i in range(load_i64(team + 8 * FIRST_OP), load_i64(team + 8 * LAST_OP)):
+    last = load_i64(team + 8 * LAST_OP)
+    for i in range(load_i64(team + 8 * FIRST_OP), last):
         op = ops + 8 * OP_FIELDS * i
         call_kernel(
             load_i64(op + 8 * OP_KERNEL), no_result, load_i64(op + 8 * OP_ARGS), load_i64(op + 8 * OP_WORK), ith, nth
         )
-        if load_i64(op + 8 * OP_SYNC):
-            barrier(team, nth)
+        if load_i64(op + 8 * OP_SYNC) or i == last - 1:
+            barrier(team, nth)  # also at the end: then nobody is still at work, or about to look what there is to do
         if profile:
             now = read_clock(team)
             store_i64(profile + 8 * i, load_i64(profile + 8 * i) + now - began)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .batch import POSITIONS, RUN_FIELDS, RUN_OF, RUN_PAGES, RUNS, N_TOKENS
+from .batch import N_TOKENS, POSITIONS, RUN_FIELDS, RUN_OF, RUN_PAGES, RUNS
 from .compiler import F32, device, kernel
 from .ops import inverse_rms
 from .scalar import load_f32, load_i32, load_i64, store_f16, store_f32

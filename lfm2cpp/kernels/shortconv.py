@@ -11,8 +11,8 @@ from .activation import activation_stride, n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, RUN_CONV, RUN_FIELDS, RUN_FIRST, RUN_PAGES, RUN_PAST, RUN_TOKENS, RUNS
 from .compiler import device, kernel
 from .ops import SEGMENT
-from .scalar import load_i64
 from .scalar import load_f32 as load_scalar
+from .scalar import load_i64
 from .scalar import store_f32 as store_scalar
 from .simd import W, load_f32, store_f32
 from .widths import PAGE_TOKENS

@@ -14,7 +14,18 @@ from numba import types
 
 from .dot import dot_i8_value, dot_u7_value
 from .scalar import FLOAT, I32, I64
-from .simd import _F16, _F32, _I8, _I32, LEVEL, W, _load, _store, f32, i32
+from .simd.registers import (
+    F16_VECTOR,
+    F32_VECTOR,
+    I8_VECTOR,
+    I32_VECTOR,
+    LEVEL,
+    W,
+    f32,
+    i32,
+    load_vector,
+    store_vector,
+)
 from .vector import call_llvm, splat, vector_op
 
 int64 = types.int64
@@ -46,15 +57,15 @@ class Tile:
 
 
 def _vec_load(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.Type) -> ir.Value:
-    return _load(builder, builder.add(address, ir.Constant(I64, offset)), vector)
+    return load_vector(builder, builder.add(address, ir.Constant(I64, offset)), vector)
 
 
 def _load_f32(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return _load(builder, address, _F32)
+    return load_vector(builder, address, F32_VECTOR)
 
 
 def _load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.fpext(_load(builder, address, _F16), _F32)
+    return builder.fpext(load_vector(builder, address, F16_VECTOR), F32_VECTOR)
 
 
 def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -> ir.Value:
@@ -80,11 +91,11 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         return [_vec_load(builder, address, half * VECTOR, vector) for half in range(2)]
 
     def broadcast(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, element: ir.Type) -> list[ir.Value]:
-        tokens = [_load(builder, _at_token(builder, base, stride, t), element) for t in range(n_tokens)]
+        tokens = [load_vector(builder, _at_token(builder, base, stride, t), element) for t in range(n_tokens)]
         return [splat(builder, token, W) for token in tokens]
 
     def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        return call_llvm(builder, f"llvm.fma.v{W}f32", _F32, a, b, c)
+        return call_llvm(builder, f"llvm.fma.v{W}f32", F32_VECTOR, a, b, c)
 
     def outer(builder: ir.IRBuilder, acc: ir.Value, rows: Any, tokens: Any, combine: Any) -> ir.Value:
         values = unpack(builder, acc)
@@ -96,11 +107,11 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
 
     @vector_op(floats, int64)
     def zero(builder, _):
-        return pack(builder, [ir.Constant(_F32, None)] * count)
+        return pack(builder, [ir.Constant(F32_VECTOR, None)] * count)
 
     @vector_op(ints, int64)
     def zero_int(builder, _):
-        return pack(builder, [ir.Constant(_I32, None)] * count)
+        return pack(builder, [ir.Constant(I32_VECTOR, None)] * count)
 
     @vector_op(ints, int64, int64)
     def start(builder, z, stride):
@@ -110,16 +121,16 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         @vector_op(ints, ints, int64, int64, int64)
         def steps(builder, acc, panel, a, stride):
             for step in range(n_steps):
-                rows = halves(builder, builder.add(panel, ir.Constant(I64, step * 2 * VECTOR)), _I8)
+                rows = halves(builder, builder.add(panel, ir.Constant(I64, step * 2 * VECTOR)), I8_VECTOR)
                 tokens = broadcast(builder, builder.add(a, ir.Constant(I64, 4 * step)), stride, I32)
-                tokens = [builder.bitcast(token, _I8) for token in tokens]
+                tokens = [builder.bitcast(token, I8_VECTOR) for token in tokens]
                 acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
             return acc
 
         return steps
 
     def scaled(builder: ir.IRBuilder, f: ir.Value, sums: list[ir.Value], scales: Any, d: Any, stride: Any) -> ir.Value:
-        rows = halves(builder, scales, _F32)
+        rows = halves(builder, scales, F32_VECTOR)
         tokens = broadcast(builder, d, stride, FLOAT)
         numbers = iter(sums)
         return outer(builder, f, rows, tokens,
@@ -127,7 +138,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
 
     @vector_op(floats, floats, ints, int64, int64, int64)
     def scale(builder, f, acc, scales, d, stride):
-        sums = [builder.sitofp(value, _F32) for value in unpack(builder, acc)]
+        sums = [builder.sitofp(value, F32_VECTOR) for value in unpack(builder, acc)]
         return scaled(builder, f, sums, scales, d, stride)
 
     @vector_op(floats, floats, floats, int64, int64, int64)
@@ -136,17 +147,17 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
 
     @vector_op(floats, floats, int64, int64, int64)
     def add_product(builder, f, values, ds, stride):
-        rows, tokens = halves(builder, values, _F32), broadcast(builder, ds, stride, FLOAT)
+        rows, tokens = halves(builder, values, F32_VECTOR), broadcast(builder, ds, stride, FLOAT)
         return outer(builder, f, rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
 
     @vector_op(floats, ints, int64, ints, int64)
     def combine(builder, low, low_factors, high, high_factors):
-        low_rows, high_rows = halves(builder, low_factors, _F32), halves(builder, high_factors, _F32)
+        low_rows, high_rows = halves(builder, low_factors, F32_VECTOR), halves(builder, high_factors, F32_VECTOR)
         values = []
         for i, (a, b) in enumerate(zip(unpack(builder, low), unpack(builder, high), strict=True)):
             half = i // n_tokens
-            product = builder.fmul(builder.sitofp(b, _F32), high_rows[half])
-            values.append(multiply_add(builder, builder.sitofp(a, _F32), low_rows[half], product))
+            product = builder.fmul(builder.sitofp(b, F32_VECTOR), high_rows[half])
+            values.append(multiply_add(builder, builder.sitofp(a, F32_VECTOR), low_rows[half], product))
         return pack(builder, values)
 
     @vector_op(floats, floats, int64, int64, int64)
@@ -159,7 +170,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def store(builder, address, stride, f):
         for i, value in enumerate(unpack(builder, f)):
             half, t = divmod(i, n_tokens)
-            _store(builder, builder.add(_at_token(builder, address, stride, t), ir.Constant(I64, half * VECTOR)), value)
+            store_vector(builder, builder.add(_at_token(builder, address, stride, t), ir.Constant(I64, half * VECTOR)), value)
 
     @vector_op(floats, floats, floats)
     def add(builder, f, g):
@@ -170,7 +181,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         for i, value in enumerate(unpack(builder, f)):
             half, t = divmod(i, n_tokens)
             where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
-            _store(builder, where, builder.fadd(_load(builder, where, _F32), value))
+            store_vector(builder, where, builder.fadd(load_vector(builder, where, F32_VECTOR), value))
         # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
@@ -180,4 +191,4 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     )  # fmt: skip
 
 
-assert _I32.count == W
+assert I32_VECTOR.count == W

@@ -15,9 +15,10 @@ from lfm2cpp.kernels.simd import (
     load_f32,
     load_i32,
     low_nibbles,
+    make_gather_f16,
     splat_i32,
     store_bytes,
-    sum_pieces,
+    sum_pieces_small,
     to_f32,
     transpose_4,
 )
@@ -27,6 +28,7 @@ from lfm2cpp.kernels.widths import ACT_D, ACT_Z8
 BLOCK, BLOCK_BYTES = 32, 18
 PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
 QS = 2  # offset of the nibbles in a block: low ones are elements 0..15, high ones 16..31
+gather_scales = make_gather_f16(BLOCK_BYTES)
 
 
 @device
@@ -48,8 +50,8 @@ def dot_group(acc, w, act, n_groups, g):
     s2 = _dot_pair(gather_pieces(w + QS + 2 * BLOCK_BYTES, 4 * BLOCK_BYTES), a + 16 * W)
     s3 = _dot_pair(gather_pieces(w + QS + 3 * BLOCK_BYTES, 4 * BLOCK_BYTES), a + 24 * W)
     tables = act + g * (4 * W)
-    sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z8)
-    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
+    sums = sum_pieces_small(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z8)
+    scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 
 

@@ -14,9 +14,10 @@ from lfm2cpp.kernels.simd import (
     load_bytes,
     load_f32,
     low_nibbles,
+    make_gather_f16,
     splat_i32,
     store_bytes,
-    sum_pieces,
+    sum_pieces_small,
     to_f32,
     transpose_4,
 )
@@ -26,6 +27,7 @@ from lfm2cpp.kernels.widths import ACT_D, ACT_DS
 BLOCK, BLOCK_BYTES = 32, 20
 PANEL_BLOCK = 64 * W + 16 * W  # 32 columns of 2 W rows, their scales, their minima
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
+gather_scales = make_gather_f16(BLOCK_BYTES)
 
 
 @device
@@ -47,9 +49,9 @@ def dot_group(acc, w, act, n_groups, g):
     s2 = _dot_pair(gather_pieces(w + QS + 2 * BLOCK_BYTES, 4 * BLOCK_BYTES), a + 16 * W)
     s3 = _dot_pair(gather_pieces(w + QS + 3 * BLOCK_BYTES, 4 * BLOCK_BYTES), a + 24 * W)
     tables = act + g * (4 * W)
-    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
-    acc = fma(to_f32(sum_pieces(s0, s1, s2, s3)), scale, acc)
-    return fma(gather_f16(w + M, BLOCK_BYTES), load_f32(tables + n_groups * ACT_DS), acc)
+    scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
+    acc = fma(to_f32(sum_pieces_small(s0, s1, s2, s3)), scale, acc)
+    return fma(gather_scales(w + M), load_f32(tables + n_groups * ACT_DS), acc)
 
 
 @device

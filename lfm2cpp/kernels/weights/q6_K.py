@@ -13,8 +13,8 @@ from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
 from lfm2cpp.kernels.simd import (
     W,
     fma,
-    gather_i8,
     gather_f16,
+    gather_i8,
     gather_pieces,
     gather_pieces_2,
     high_nibbles,

@@ -1,0 +1,83 @@
+"""What this machine can do at most: a stream of reads, and products on operands that stay in the first-level cache.
+
+These are the limits that `lfm2cpp doctor` shows and that `bench --profile` compares with. Every result is stored, so
+that nothing can be left out.
+"""
+
+from __future__ import annotations
+
+from .compiler import device, kernel
+from .dot import dot_u7
+from .scalar import store_f32, store_i64
+from .simd import W, fma, load_bytes, load_f32, load_i32, splat_f32, splat_i32, sum_lanes, sum_lanes_i32
+
+VECTOR = 4 * W  # bytes of a vector
+READ_STEP = 8 * VECTOR  # bytes that read_stream takes a round: its buffer must be a multiple
+STEPS = 8  # of products, before the operands are used again
+OPERANDS = 8 * STEPS * VECTOR  # bytes: 2 vectors of weights and 6 of activations a step
+PRODUCTS = 12 * STEPS  # vector products a round; 12 sums hide the latency of one
+
+
+@kernel
+def read_stream(source, nbytes, out):
+    """Read nbytes, front to back; the sum of its int32, wrapped to 32 bits, goes to `out` as int64."""
+    a = b = c = d = e = f = g = h = splat_i32(0)
+    at = source
+    while at < source + nbytes:
+        a = a + load_i32(at)
+        b = b + load_i32(at + VECTOR)
+        c = c + load_i32(at + 2 * VECTOR)
+        d = d + load_i32(at + 3 * VECTOR)
+        e = e + load_i32(at + 4 * VECTOR)
+        f = f + load_i32(at + 5 * VECTOR)
+        g = g + load_i32(at + 6 * VECTOR)
+        h = h + load_i32(at + 7 * VECTOR)
+        at += READ_STEP
+    store_i64(out, sum_lanes_i32(((a + b) + (c + d)) + ((e + f) + (g + h))))
+
+
+@device
+def dot_pair(s, t, u, v, a):
+    return dot_u7(s, u, a), dot_u7(t, v, a)
+
+
+@kernel
+def dot_stream(operands, rounds, out):
+    """PRODUCTS * 4 W products of bytes a round (weights 0..127); the sum, wrapped, goes to `out`."""
+    s0 = s1 = s2 = s3 = s4 = s5 = t0 = t1 = t2 = t3 = t4 = t5 = splat_i32(0)
+    for i in range(rounds * STEPS):
+        # The operands change from step to step, or a compiler could multiply once and add the same product ever again.
+        at = operands + i % STEPS * (8 * VECTOR)
+        u, v = load_bytes(at), load_bytes(at + VECTOR)
+        s0, t0 = dot_pair(s0, t0, u, v, load_bytes(at + 2 * VECTOR))
+        s1, t1 = dot_pair(s1, t1, u, v, load_bytes(at + 3 * VECTOR))
+        s2, t2 = dot_pair(s2, t2, u, v, load_bytes(at + 4 * VECTOR))
+        s3, t3 = dot_pair(s3, t3, u, v, load_bytes(at + 5 * VECTOR))
+        s4, t4 = dot_pair(s4, t4, u, v, load_bytes(at + 6 * VECTOR))
+        s5, t5 = dot_pair(s5, t5, u, v, load_bytes(at + 7 * VECTOR))
+    s = ((s0 + s1) + (s2 + s3)) + (s4 + s5)
+    t = ((t0 + t1) + (t2 + t3)) + (t4 + t5)
+    store_i64(out, sum_lanes_i32(s + t))
+
+
+@device
+def fma_pair(s, t, u, v, x):
+    return fma(u, x, s), fma(v, x, t)
+
+
+@kernel
+def fma_stream(operands, rounds, out):
+    """PRODUCTS * W multiply-adds in float32 a round; the sum of all goes to `out`."""
+    s0 = s1 = s2 = s3 = s4 = s5 = t0 = t1 = t2 = t3 = t4 = t5 = splat_f32(0.0)
+    for i in range(rounds * STEPS):
+        at = operands + i % STEPS * (8 * VECTOR)
+        u, v = load_f32(at), load_f32(at + VECTOR)
+        s0, t0 = fma_pair(s0, t0, u, v, load_f32(at + 2 * VECTOR))
+        s1, t1 = fma_pair(s1, t1, u, v, load_f32(at + 3 * VECTOR))
+        s2, t2 = fma_pair(s2, t2, u, v, load_f32(at + 4 * VECTOR))
+        s3, t3 = fma_pair(s3, t3, u, v, load_f32(at + 5 * VECTOR))
+        s4, t4 = fma_pair(s4, t4, u, v, load_f32(at + 6 * VECTOR))
+        s5, t5 = fma_pair(s5, t5, u, v, load_f32(at + 7 * VECTOR))
+    s = ((s0 + s1) + (s2 + s3)) + (s4 + s5)
+    t = ((t0 + t1) + (t2 + t3)) + (t4 + t5)
+    store_f32(out, sum_lanes(s + t))

@@ -1,0 +1,104 @@
+"""Making vectors, and arithmetic lane by lane beyond the operators of vector.py."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..scalar import I32
+from ..vector import call_llvm, constant, splat, vector_op
+from .registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, float32, i32, int64, load_vector
+
+
+@vector_op(f32, float32)
+def splat_f32(builder, value):
+    """The same float32 in every lane"""
+    return splat(builder, value, W)
+
+
+@vector_op(i32, int64)
+def splat_i32(builder, value):
+    """The same int32 in every lane"""
+    return splat(builder, builder.trunc(value, I32), W)
+
+
+@vector_op(bytes_, int64)
+def splat_u8(builder, value):
+    """The same byte in every lane"""
+    return splat(builder, builder.trunc(value, ir.IntType(8)), 4 * W)
+
+
+@vector_op(bytes_, int64)
+def splat_4_bytes(builder, address):
+    """The 4 bytes at address, in every lane of 4"""
+    return builder.bitcast(splat(builder, load_vector(builder, address, I32), W), I8_VECTOR)
+
+
+@vector_op(f32, f32, f32, f32)
+def fma(builder, a, b, c):
+    """a * b + c with one rounding"""
+    return call_llvm(builder, f"llvm.fma.v{W}f32", F32_VECTOR, a, b, c)
+
+
+@vector_op(f32, f32, f32)
+def maximum(builder, a, b):
+    """The larger of each lane; b where one is NaN"""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@vector_op(f32, f32, f32)
+def minimum(builder, a, b):
+    """The smaller of each lane; b where one is NaN"""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+@vector_op(f32, f32, i32)
+def add_exponent(builder, a, n):
+    """a * 2**n for results that stay normal"""
+    bits = builder.add(builder.bitcast(a, I32_VECTOR), builder.shl(n, constant(I32_VECTOR, 23)))
+    return builder.bitcast(bits, F32_VECTOR)
+
+
+@vector_op(f32, f32)
+def absolute(builder, a):
+    """|a|"""
+    return call_llvm(builder, f"llvm.fabs.v{W}f32", F32_VECTOR, a)
+
+
+@vector_op(f32, i32)
+def to_f32(builder, a):
+    """int32 -> float32"""
+    return builder.sitofp(a, F32_VECTOR)
+
+
+@vector_op(i32, f32)
+def round_to_i32(builder, a):
+    """float32 -> int32, to nearest even; |a| < 2**22"""
+    magic = constant(F32_VECTOR, 12582912.0)  # 1.5 * 2**23: the sum's low mantissa bits are the rounded integer
+    bits = builder.bitcast(builder.fadd(a, magic), I32_VECTOR)
+    return builder.sub(bits, constant(I32_VECTOR, 0x4B400000))
+
+
+@vector_op(f32, i32)
+def bits_to_f32(builder, a):
+    """Reinterpret"""
+    return builder.bitcast(a, F32_VECTOR)
+
+
+@vector_op(bytes_, bytes_)
+def low_nibbles(builder, a):
+    """a & 15 of every byte"""
+    return builder.and_(a, constant(I8_VECTOR, 15))
+
+
+@vector_op(bytes_, bytes_)
+def high_nibbles(builder, a):
+    """a >> 4 of every byte"""
+    return builder.lshr(a, constant(I8_VECTOR, 4))
+
+
+@vector_op(f32, f32, int64, float32)
+def keep_first(builder, a, n, other):
+    """Lanes i < n of a, `other` elsewhere"""
+    index = constant(I32_VECTOR, list(range(W)))
+    limit = splat(builder, builder.trunc(n, I32), W)
+    return builder.select(builder.icmp_signed("<", index, limit), a, splat(builder, other, W))

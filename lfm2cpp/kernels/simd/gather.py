@@ -1,0 +1,98 @@
+"""Vectors from several places: 16-byte pieces of blocks, scales, single bytes."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..scalar import FLOAT, HALF, I16, I32, I64
+from ..vector import shuffle, splat, vector_op
+from .registers import (
+    F16_VECTOR,
+    F32_VECTOR,
+    I8_LANES,
+    I16_VECTOR,
+    I32_VECTOR,
+    LEVEL,
+    PIECES,
+    W,
+    bytes_,
+    f32,
+    i32,
+    int64,
+    load_vector,
+    offset,
+    side_by_side,
+)
+
+
+def _pieces(builder, addresses):
+    """16-byte pieces from these addresses, side by side."""
+    piece = ir.VectorType(ir.IntType(8), 16)
+    return side_by_side(builder, [load_vector(builder, address, piece) for address in addresses])
+
+
+@vector_op(bytes_, int64, int64)
+def gather_pieces(builder, address, stride):
+    """Piece i is the 16 bytes at address + i * stride"""
+    return _pieces(builder, [offset(builder, address, (i, stride)) for i in range(PIECES)])
+
+
+@vector_op(bytes_, int64, int64, int64)
+def gather_pieces_2(builder, address, stride, pair_stride):
+    """Piece i is the 16 bytes at address + (i % 2) * stride + (i // 2) * pair_stride"""
+    return _pieces(
+        builder, [offset(builder, address, (i % 2, stride), (i // 2, pair_stride)) for i in range(PIECES)]
+    )
+
+
+@vector_op(i32, int64, int64, int64)
+def gather_i8(builder, address, stride, stride_8):
+    """Lane i is the int8 at address + (i % 8) * stride + (i // 8) * stride_8"""
+    values = ir.Constant(I8_LANES, ir.Undefined)
+    for i in range(W):
+        where = offset(builder, address, (i % 8, stride), (i // 8, stride_8))
+        values = builder.insert_element(values, load_vector(builder, where, ir.IntType(8)), ir.Constant(I32, i))
+    return builder.sext(values, I32_VECTOR)
+
+
+@vector_op(f32, int64, int64)
+def repeat_f16(builder, address, stride):
+    """Lane i is the float16 at address + (i // 8) * stride, as float32"""
+    parts = []
+    for i in range(-(-W // 8)):
+        value = builder.fpext(load_vector(builder, offset(builder, address, (i, stride)), HALF), FLOAT)
+        parts.append(splat(builder, value, min(W, 8)))
+    return side_by_side(builder, parts)
+
+
+def make_gather_f16(stride):
+    """gather_f16 for an even stride known when compiling: by permutes of whole vectors where they reach 8 lanes."""
+    permute = LEVEL.bits == 512 and 7 * stride + 2 <= 128
+
+    @vector_op(f32, int64)
+    def gather(builder, address):
+        if not permute:
+            return _gather_f16(builder, address, ir.Constant(I64, stride))
+        words, lanes = ir.VectorType(I16, 32), [lane * stride // 2 for lane in range(8)]
+        eights = []
+        for start in (0, 8 * stride):
+            low = load_vector(builder, builder.add(address, ir.Constant(I64, start)), words)
+            high = load_vector(builder, builder.add(address, ir.Constant(I64, start + 64)), words)
+            eights.append(shuffle(builder, low, high, lanes))
+        return builder.fpext(builder.bitcast(side_by_side(builder, eights), F16_VECTOR), F32_VECTOR)
+
+    return gather
+
+
+def _gather_f16(builder, address, stride):
+    values = ir.Constant(I16_VECTOR, ir.Undefined)
+    for i in range(W):
+        where = offset(builder, address, (i, stride))
+        values = builder.insert_element(values, load_vector(builder, where, I16), ir.Constant(I32, i))
+    return builder.fpext(builder.bitcast(values, F16_VECTOR), F32_VECTOR)
+
+
+@vector_op(f32, int64, int64)
+def gather_f16(builder, address, stride):
+    """Lane i is the float16 at address + i * stride, as float32"""
+    return _gather_f16(builder, address, stride)

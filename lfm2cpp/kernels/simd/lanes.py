@@ -1,0 +1,128 @@
+"""Words that move values between lanes: sums, maxima, transposes."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from ..scalar import I16, I32, I64
+from ..vector import call_llvm, constant, shuffle, vector_op
+from .registers import (
+    F32_VECTOR,
+    I8_VECTOR,
+    I32_VECTOR,
+    LEVEL,
+    PIECES,
+    W,
+    bytes_,
+    f32,
+    float32,
+    i32,
+    int64,
+    load_vector,
+    side_by_side,
+    store_vector,
+)
+
+
+def _halve(builder, value, combine):
+    while value.type.count > 1:
+        half = value.type.count // 2
+        low = shuffle(builder, value, value, list(range(half)))
+        high = shuffle(builder, value, value, list(range(half, 2 * half)))
+        value = combine(low, high)
+    return builder.extract_element(value, ir.Constant(I32, 0))
+
+
+@vector_op(float32, f32)
+def sum_lanes(builder, a):
+    """The sum of the lanes, halves first: always in the same order"""
+    return _halve(builder, a, builder.fadd)
+
+
+@vector_op(float32, f32)
+def max_lanes(builder, a):
+    """The largest lane"""
+    return _halve(builder, a, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@vector_op(int64, i32)
+def sum_lanes_i32(builder, a):
+    """The sum of the lanes"""
+    return builder.sext(_halve(builder, a, builder.add), I64)
+
+
+def _within_pieces(builder, a, b, pattern):
+    """Shuffle two vectors of 4-byte lanes piece by piece; pattern picks from a's 4 lanes (0..3) and b's (4..7)."""
+    lanes = []
+    for piece in range(PIECES):
+        lanes += [4 * piece + p if p < 4 else W + 4 * piece + p - 4 for p in pattern]
+    return shuffle(builder, a, b, lanes)
+
+
+def transpose_4_values(builder, a, b, c, d):
+    """Within each piece, the 4 x 4 lanes of four vectors, transposed."""
+    ab_low, ab_high = (_within_pieces(builder, a, b, p) for p in ([0, 4, 1, 5], [2, 6, 3, 7]))
+    cd_low, cd_high = (_within_pieces(builder, c, d, p) for p in ([0, 4, 1, 5], [2, 6, 3, 7]))
+    return [
+        _within_pieces(builder, ab_low, cd_low, [0, 1, 4, 5]),
+        _within_pieces(builder, ab_low, cd_low, [2, 3, 6, 7]),
+        _within_pieces(builder, ab_high, cd_high, [0, 1, 4, 5]),
+        _within_pieces(builder, ab_high, cd_high, [2, 3, 6, 7]),
+    ]
+
+
+@vector_op(types.UniTuple(bytes_, 4), bytes_, bytes_, bytes_, bytes_)
+def transpose_4(builder, a, b, c, d):
+    """Within each piece, the four 4-byte lanes of a, b, c, d transposed: result j holds lane j of a, b, c, d"""
+    rows = transpose_4_values(builder, *(builder.bitcast(v, I32_VECTOR) for v in (a, b, c, d)))
+    result = ir.Constant(ir.ArrayType(I8_VECTOR, 4), ir.Undefined)
+    for j, row in enumerate(rows):
+        result = builder.insert_value(result, builder.bitcast(row, I8_VECTOR), j)
+    return result
+
+
+@vector_op(i32, i32, i32, i32, i32)
+def sum_pieces(builder, a, b, c, d):
+    """Within each piece: lane 0 is the sum of a's four lanes, lane 1 of b's, lane 2 of c's, lane 3 of d's"""
+    w, x, y, z = transpose_4_values(builder, a, b, c, d)
+    return builder.add(builder.add(w, x), builder.add(y, z))
+
+
+@vector_op(i32, i32, i32, i32, i32)
+def sum_pieces_small(builder, a, b, c, d):
+    """sum_pieces for lanes whose pairwise sums fit 16 bits: fewer instructions on x86"""
+    if not LEVEL.name.startswith("avx"):
+        w, x, y, z = transpose_4_values(builder, a, b, c, d)
+        return builder.add(builder.add(w, x), builder.add(y, z))
+    wide = LEVEL.bits == 512
+    pack = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
+    multiply_add = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
+    words = ir.VectorType(I16, 2 * W)
+
+    def pairs(x, y):
+        both = call_llvm(builder, pack, words, x, y)
+        return call_llvm(builder, multiply_add, I32_VECTOR, both, constant(words, 1))
+
+    return pairs(pairs(a, b), pairs(c, d))
+
+
+@vector_op(types.void, int64, int64, int64)
+def transpose_square(builder, source, destination, stride):
+    """W x W float32: rows of W at source, `stride` bytes apart, become columns at destination (rows of 4 W bytes)"""
+    rows = [
+        load_vector(builder, builder.add(source, builder.mul(stride, ir.Constant(I64, i))), F32_VECTOR) for i in range(W)
+    ]
+    # Transpose 4 x 4 lanes within the pieces, then the pieces themselves.
+    groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
+    for j in range(4):
+        for piece in range(PIECES):
+            column = _pieces_of(builder, [group[j] for group in groups], piece)
+            row = builder.add(destination, ir.Constant(I64, 4 * W * (4 * piece + j)))
+            store_vector(builder, row, column)
+
+
+def _pieces_of(builder, vectors, piece):
+    """Piece `piece` of every vector, side by side."""
+    lanes = list(range(4 * piece, 4 * piece + 4))
+    return side_by_side(builder, [shuffle(builder, v, v, lanes) for v in vectors])

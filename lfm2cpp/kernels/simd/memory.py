@@ -1,0 +1,99 @@
+"""Loads and stores of whole vectors."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+
+from ..scalar import I32
+from ..vector import call_llvm, constant, vector_op
+from .registers import (
+    F16_VECTOR,
+    F32_VECTOR,
+    I8_LANES,
+    I8_VECTOR,
+    I16_VECTOR,
+    I32_VECTOR,
+    bytes_,
+    f32,
+    i32,
+    int64,
+    load_vector,
+    store_vector,
+)
+
+
+@vector_op(f32, int64)
+def load_f32(builder, address):
+    """W float32 at address"""
+    return load_vector(builder, address, F32_VECTOR)
+
+
+@vector_op(types.void, int64, f32)
+def store_f32(builder, address, value):
+    """W float32 to address"""
+    store_vector(builder, address, value)
+
+
+@vector_op(i32, int64)
+def load_i32(builder, address):
+    """W int32 at address"""
+    return load_vector(builder, address, I32_VECTOR)
+
+
+@vector_op(types.void, int64, i32)
+def store_i32(builder, address, value):
+    """W int32 to address"""
+    store_vector(builder, address, value)
+
+
+@vector_op(bytes_, int64)
+def load_bytes(builder, address):
+    """4 W bytes at address"""
+    return load_vector(builder, address, I8_VECTOR)
+
+
+@vector_op(types.void, int64, bytes_)
+def store_bytes(builder, address, value):
+    """4 W bytes to address"""
+    store_vector(builder, address, value)
+
+
+@vector_op(f32, int64)
+def load_f16(builder, address):
+    """W float16 at address, as float32"""
+    return builder.fpext(load_vector(builder, address, F16_VECTOR), F32_VECTOR)
+
+
+@vector_op(types.void, int64, f32)
+def store_f16(builder, address, value):
+    """W float32 to float16 at address, to nearest even"""
+    store_vector(builder, address, builder.fptrunc(value, F16_VECTOR))
+
+
+@vector_op(f32, int64)
+def load_bf16(builder, address):
+    """W bfloat16 at address, as float32"""
+    wide = builder.zext(load_vector(builder, address, I16_VECTOR), I32_VECTOR)
+    return builder.bitcast(builder.shl(wide, constant(I32_VECTOR, 16)), F32_VECTOR)
+
+
+@vector_op(f32, int64)
+def load_i8_as_f32(builder, address):
+    """W int8 at address, as float32"""
+    return builder.sitofp(load_vector(builder, address, I8_LANES), F32_VECTOR)
+
+
+@vector_op(types.void, int64, i32)
+def store_i8(builder, address, value):
+    """W int32 to int8 at address; the values must fit"""
+    store_vector(builder, address, builder.trunc(value, I8_LANES))
+
+
+@vector_op(types.void, int64)
+def prefetch(builder, address):
+    """Ask for the cache line at address; never faults"""
+    byte = ir.PointerType(ir.IntType(8))
+    where = builder.inttoptr(address, byte)
+    hint = [ir.Constant(I32, value) for value in (0, 3, 1)]  # read, keep in every cache, data
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, *hint)
