@@ -24,7 +24,8 @@ from .vocab import TokenizerFiles
 Note = Callable[[str], None]
 
 NEEDED = (
-    "config.json, tokenizer.json, tokenizer_config.json, and model.safetensors or model.safetensors.index.json with its shards"
+    "config.json, tokenizer.json, tokenizer_config.json, and model.safetensors "
+    "or model.safetensors.index.json with its shards"
 )
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -60,7 +61,7 @@ def open_checkpoint(directory: Path, note: Note, *, weights_optional: bool = Fal
         name=directory.name if directory.name not in ("", "..") else directory.resolve().name,
         config=config,
         generation_config=_generation_config(directory, note),
-        card=read_model_card(directory / "README.md", note),
+        card=read_model_card(inside(directory, "README.md"), note),
         tensors=tensors,
     )
 
@@ -94,10 +95,14 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of a file of the checkpoint, wherever its links lead, as long as that is part of the checkpoint."""
+    """The path of a file of the checkpoint, by its plain name."""
     if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
         raise CheckpointError(f"{directory}: refers to the file {name[:200]!r}, which is not in the directory itself")
-    path = directory / name
+    return checked_link(directory, directory / name)
+
+
+def checked_link(directory: Path, path: Path) -> Path:
+    """The path itself, wherever its links lead, as long as that is part of the checkpoint."""
     root, target = directory.resolve(), path.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":  # a hub cache: REPO/snapshots/REVISION/NAME is a link to REPO/blobs/HASH

@@ -1,4 +1,4 @@
-"""Tensor bytes of a checkpoint -> tensor bytes of a GGUF file, a piece at a time and rounded as llama.cpp's converter does."""
+"""Tensor bytes of a checkpoint -> those of a GGUF file, a piece at a time, rounded as by llama.cpp's converter."""
 
 from __future__ import annotations
 

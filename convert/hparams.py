@@ -126,7 +126,7 @@ class _Getter:
 def _refuse_unsupported(get: _Getter) -> None:
     """Settings that change the computation in ways that no LFM2 model has."""
     if get.optional("quantization_config"):
-        raise CheckpointError(f"{get.file}: the checkpoint is quantized (quantization_config); get the original weights")
+        raise CheckpointError(f"{get.file}: the checkpoint is quantized (quantization_config); get the original")
     if get.flag("conv_bias", False):
         raise get.wrong("conv_bias", True, "false: LFM2 models have no biases")
     if not get.flag("is_causal", True):

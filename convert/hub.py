@@ -47,7 +47,7 @@ def fetch_checkpoint(hub_id: str, note: Note, *, offline: bool = False, weights:
     _quiet_library()
     names = _list_files(hub_id)
     if "config.json" not in names:
-        raise CheckpointError(f"{hub_id}: the model on the hub has no config.json; look for one in transformers' format")
+        raise CheckpointError(f"{hub_id}: the model on the hub has no config.json: not in transformers' format")
     directory = _download(hub_id, "config.json", None).parent  # of the newest revision; the rest must be of the same
     revision = directory.name
     read_model_config(directory)
@@ -129,7 +129,7 @@ def _explain(error: BaseException, hub_id: str) -> str:
     if status:
         return f"{host} answered {status}; try again later"
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain) or _is_uncached(error):
-        return "it is not complete in the local cache and the network is off (--offline or HF_HUB_OFFLINE); run once online"
+        return "not complete in the local cache, and the network is off (--offline or HF_HUB_OFFLINE); run once online"
     return _explain_connection(error, chain, host)
 
 

@@ -55,7 +55,8 @@ def parse_json(data: bytes, name: str) -> Any:
         problem, offset = _first_refused(text)
         raise CheckpointError(f"{name}: {problem} at {_place(text, offset)}") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{name}: invalid JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+        place = f"line {error.lineno} column {error.colno}"
+        raise CheckpointError(f"{name}: invalid JSON at {place}: {error.msg}") from None
     except UnicodeEncodeError:
         raise CheckpointError(f"{name}: half a surrogate pair, not valid Unicode text") from None
     except RecursionError:

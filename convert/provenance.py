@@ -58,11 +58,16 @@ RELATED: dict[str, tuple[str, ...]] = {
     "datasets": ("datasets", "dataset", "dataset_sources"),
 }
 # The keys of a --metadata file. llama.cpp takes the licence's text from the card only.
+_WHERE = "check generation_config.json or --metadata"
 OVERRIDABLE = (set(SCALARS) - {"license"}) | set(LISTS) | set(RELATED)
 
 
 def gather_facts(
-    card: Mapping[str, Any], config: Mapping[str, Any], directory_name: str, generation: Mapping[str, Any], n_params: int
+    card: Mapping[str, Any],
+    config: Mapping[str, Any],
+    directory_name: str,
+    generation: Mapping[str, Any],
+    n_params: int,
 ) -> Facts:
     """What all the sources of a checkpoint directory say."""
     facts: Facts = {}
@@ -197,7 +202,7 @@ def _put(metadata: Metadata, key: str, value: Any, kind: str) -> None:
         return
     if not isinstance(value, (int, float)) or value != value or (kind == "i32" and int(value) != value):
         expected = "a whole number" if kind == "i32" else "a number"
-        raise CheckpointError(f"{key} is {shown(value)}, expected {expected}; check generation_config.json or --metadata")
+        raise CheckpointError(f"{key} is {shown(value)}, expected {expected}; {_WHERE}")
     if abs(value) > (2**31 - 1 if kind == "i32" else 3e38):
-        raise CheckpointError(f"{key} is {value}, out of range; check generation_config.json or --metadata")
+        raise CheckpointError(f"{key} is {value}, out of range; {_WHERE}")
     metadata[key] = Value.i32(int(value)) if kind == "i32" else Value.f32(value)

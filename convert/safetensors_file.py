@@ -87,7 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
     if start.startswith(b"version h"):
-        raise CheckpointError(f"{path}: is a git-LFS pointer; run 'git lfs pull' in its repository to get the real file")
+        raise CheckpointError(f"{path}: is a git-LFS pointer; run 'git lfs pull' in its repository")
     if len(start) < 9:
         raise CheckpointError(f"{path}: not a safetensors file: only {size} bytes; download it again")
     length = int.from_bytes(start[:8], "little")

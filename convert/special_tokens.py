@@ -15,6 +15,7 @@ from typing import Any
 from lfm2cpp.errors import CheckpointError
 from lfm2cpp.gguf import Metadata, Value
 
+from .checkpoint import checked_link, inside
 from .json_file import read_object
 
 Note = Callable[[str], None]
@@ -184,7 +185,7 @@ def template_metadata(directory: Path, tokenizer_config: Mapping[str, Any], note
         return {}
     template = tokenizer_config.get("chat_template", beside)
     if "chat_template" in tokenizer_config and beside is not None and beside != template:
-        note(f"{directory}: the chat template in tokenizer_config.json differs from the one in its own file and is used")
+        note(f"{directory}: the chat template in tokenizer_config.json is used, which differs from the one in a file")
     if isinstance(template, list):
         return _named_templates(template, directory)
     if template is not None and not isinstance(template, str):
@@ -195,16 +196,16 @@ def template_metadata(directory: Path, tokenizer_config: Mapping[str, Any], note
 
 def _template_beside(directory: Path) -> Any:
     """The template in a file of its own: chat_template.jinja (with additional ones), or the older .json."""
-    jinja = directory / "chat_template.jinja"
+    jinja = inside(directory, "chat_template.jinja")
     if jinja.is_file():
         default = _read_template_file(jinja)
         more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
         if not more:
             return default
-        named = [{"name": path.stem, "template": _read_template_file(path)} for path in more]
+        named = [{"name": path.stem, "template": _read_template_file(checked_link(directory, path))} for path in more]
         return [{"name": "default", "template": default}, *named]
     if (directory / "chat_template.json").is_file():
-        return read_object(directory / "chat_template.json").get("chat_template")
+        return read_object(inside(directory, "chat_template.json")).get("chat_template")
     return None
 
 
@@ -224,7 +225,7 @@ def _named_templates(templates: list[Any], directory: Path) -> Metadata:
     default = None
     for entry in templates:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ""), str) for k in ("name", "template")):
-            raise CheckpointError(f"{directory}: chat_template must be text or a list of objects with name and template")
+            raise CheckpointError(f"{directory}: chat_template must be text or a list of name and template")
         name = re.sub(r"[^A-Za-z0-9]", "_", entry.get("name", ""))
         template = entry.get("template")
         if name == "default" and template is not None:

@@ -171,9 +171,8 @@ def _check_shapes(pairs: Sequence[tuple[TensorEntry, StoredTensor]]) -> None:
     wrong = []
     for entry, tensor in pairs:
         if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be converted"
-            )
+            known = ", ".join(FLOATS)
+            raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}; only {known} can be read")
         expected = entry.shape
         if entry.spec.name == "shortconv.conv.weight":  # a depthwise Conv1d: one input channel per group
             expected = (expected[0], 1, expected[1])

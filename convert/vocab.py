@@ -99,7 +99,7 @@ def recognise_pre_tokenizer(tokenizer: Mapping[str, Any], path: str, force_pre: 
     digest = hashlib.sha256(rules.encode()).hexdigest()[:16]
     if force_pre is None:
         raise CheckpointError(
-            f"{path}: unknown pre-tokenizer {digest}: {problem}; if it splits text as LFM2's does, use --force-pre {PRE}"
+            f"{path}: unknown pre-tokenizer {digest}: {problem}; if it splits like LFM2's, use --force-pre {PRE}"
         )
     note(f"{path}: unknown pre-tokenizer {digest} ({problem}) taken for {force_pre}, as asked")
     return force_pre
@@ -119,10 +119,9 @@ def _pre_tokenizer_problem(tokenizer: Mapping[str, Any]) -> str | None:
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if not isinstance(regex, str) or regex not in LFM2_REGEXES:
         return f"its regular expression is {shown(regex, 200)!r}"
-    if str(split.get("behavior")).lower() not in ("isolated", "removed") or split.get("invert") not in (None, False, True):
-        return "its Split has another behavior"
-    if (str(split["behavior"]).lower() == "removed") != bool(split.get("invert")):
-        return "its Split drops text"
+    # Keeping the matches as pieces of their own, or removing all but them, is the same for an expression that fits all.
+    if (split.get("behavior"), bool(split.get("invert"))) not in (("Isolated", False), ("Removed", True)):
+        return "its Split keeps other pieces"
     if byte_level.get("add_prefix_space") or byte_level.get("use_regex", True):
         return "its ByteLevel step adds a space or splits again"
     return None
@@ -142,7 +141,7 @@ def _check_structure(tokenizer: Mapping[str, Any], path: str) -> None:
         raise CheckpointError(f"{path}: model.vocab maps a token to something that is not an id")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise CheckpointError(f"{path}: model.{key} is {str(model[key])[:40]!r}, which GGUF's byte-level BPE does not know")
+            raise CheckpointError(f"{path}: model.{key} is {shown(model[key])}, which byte-level BPE does not have")
     added = tokenizer.get("added_tokens", [])
     if not isinstance(added, list) or not all(
         isinstance(t, dict) and isinstance(t.get("content"), str) and t["content"] and type(t.get("id")) is int
@@ -164,7 +163,8 @@ def _library_vocabulary(files: TokenizerFiles, path: str) -> tuple[dict[str, int
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exceptions, and TypeErrors for wrong fields
-        raise CheckpointError(f"{path}: refused by the tokenizers library: {shown(' '.join(str(error).split()), 200)}") from None
+        reason = shown(" ".join(str(error).split()), 200)
+        raise CheckpointError(f"{path}: refused by the tokenizers library: {reason}") from None
 
 
 def _declared_tokens(files: TokenizerFiles) -> list[Any]:
@@ -221,7 +221,7 @@ def _added_token(value: Any, files: TokenizerFiles) -> Any:
         return AddedToken(value, special=True)
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
-        raise CheckpointError(f"{files.directory}: a declared token is {shown(value)}, expected text or an object with content")
+        raise CheckpointError(f"{files.directory}: a token is declared as {shown(value)}, expected text or an object")
     return AddedToken(content, **{k: bool(value[k]) for k in FLAGS if k in value})
 
 
@@ -236,9 +236,10 @@ def _by_id(pieces: Mapping[str, int], n_vocab: int, path: str) -> dict[int, str]
     if len(by_id) != len(pieces):
         twice = next((piece, i) for piece, i in pieces.items() if by_id[i] != piece)
         raise CheckpointError(f"{path}: id {twice[1]} belongs to two tokens, {twice[0]!r} and {by_id[twice[1]]!r}")
-    if max(by_id) >= n_vocab:
+    last = max(by_id)
+    if last >= n_vocab:
         raise CheckpointError(
-            f"{path}: token {by_id[max(by_id)][:80]!r} has id {max(by_id)}, but the model has only {n_vocab} rows (vocab_size)"
+            f"{path}: token {by_id[last][:80]!r} has id {last}, but the model has only {n_vocab} rows (vocab_size)"
         )
     return by_id
 
@@ -252,10 +253,11 @@ def _check_added(
         if pieces.get(content) == declared:
             continue
         if declared in by_id:
-            raise CheckpointError(
-                f"{path}: added token {content[:80]!r} declares id {declared}, which belongs to {by_id[declared][:80]!r}"
-            )
-        note(f"{path}: added token {content[:80]!r} declares id {declared}, transformers and we give it {pieces[content]}")
+            owner = by_id[declared][:80]
+            raise CheckpointError(f"{path}: added token {content[:80]!r} declares id {declared}, which belongs to {owner!r}")
+        note(
+            f"{path}: added token {content[:80]!r} declares id {declared}, transformers and we give it {pieces[content]}"
+        )
 
 
 def _added_text(piece: str, flags: Any) -> str:
@@ -272,7 +274,7 @@ def _added_text(piece: str, flags: Any) -> str:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """Byte-level BPE writes bytes as printable letters: those that are printable as themselves, the rest from U+0100."""
+    """Byte-level BPE writes a byte as a letter: itself when that is printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""Checkpoints that are odd but can be converted, and what comes of their oddities. The other halves of rows B3 to B17."""
+"""Checkpoints that are odd but can be converted, and what comes of it: the other halves of rows B3 to B17."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ TEMPLATES: dict[str, tuple[Any, str | None, str | None, str]] = {
     # tokenizer_config's, the file's, what is stored, the note
     "file": (None, JINJA, JINJA, ""),
     "config": (IN_CONFIG, None, IN_CONFIG, ""),
-    "both": (IN_CONFIG, JINJA, IN_CONFIG, r"differs from the one in its own file and is used"),
+    "both": (IN_CONFIG, JINJA, IN_CONFIG, r"is used, which differs from the one in a file"),
     "same": (JINJA, JINJA, JINJA, ""),
     "list": ([{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}], None, "D", ""),
     "neither": (None, None, None, ""),
@@ -224,11 +224,17 @@ def test_hub_cache_snapshot(model, tmp_path, convert):  # B8: links into blobs a
         shutil.copy(file, repo / "blobs" / f"{i:064x}")
         (snapshot / file.name).symlink_to(f"../../blobs/{i:064x}")
     assert convert(snapshot)[0] == 0
-    (snapshot / "config.json").unlink()
-    (snapshot / "config.json").symlink_to(model / "config.json")
     (tmp_path / "out" / "m.gguf").unlink()
-    code, _, stderr = convert(snapshot)
-    assert code == 1 and "outside of the checkpoint" in stderr
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "README.md", "generation_config.json"):
+        (snapshot / name).unlink(missing_ok=True)
+        (snapshot / name).symlink_to(model / name)
+        code, _, stderr = convert(snapshot)
+        if name == "generation_config.json":  # nobody needs it
+            assert code == 0 and re.search(r"note: .* outside of the checkpoint.*: ignored", stderr)
+        else:
+            assert code == 1 and "outside of the checkpoint" in stderr
+        (snapshot / name).unlink()
+        shutil.copy(model / name, snapshot / name) if (model / name).exists() else None
 
 
 def test_fifo_does_not_block(checkpoint, convert):

@@ -55,7 +55,8 @@ def convert(hub: Hub, tmp_path: Path) -> Run:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env.update(
             HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_TOKEN=TOKEN, HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), NO_PROXY="*", HF_HUB_DISABLE_XET="1",
+            HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1", NO_PROXY="*", HF_HUB_DISABLE_XET="1",
+            PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         )  # fmt: skip
         env.update(settings)
         command = [sys.executable, "-m", "lfm2cpp", "convert", *args]
@@ -96,7 +97,7 @@ def test_the_cache_serves_without_network(hub, convert, tmp_path):  # H6
 @pytest.mark.parametrize("settings", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["flag", "environment"])
 def test_offline_without_cache(hub, convert, settings):  # H6
     result = convert(HUB_ID, *([] if settings else ["--offline"]), **settings)
-    assert result.returncode == 1 and "not complete in the local cache and the network is off" in result.stderr
+    assert result.returncode == 1 and "not complete in the local cache, and the network is off" in result.stderr
     assert hub.requests == 0
 
 
