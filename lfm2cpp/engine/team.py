@@ -71,7 +71,7 @@ class Team:
 
     def run(self, first_op: int, last_op: int) -> None:
         """Replay ops first_op .. last_op - 1 on every thread; returns when all are done."""
-        assert not self.closed, "workers that are gone would be waited for"
+        assert first_op < last_op and not self.closed, "workers would be waited for that are gone or have nothing to do"
         self._shared[at.FIRST_OP], self._shared[at.LAST_OP] = first_op, last_op
         self._lead(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
 

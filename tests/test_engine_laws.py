@@ -1,0 +1,188 @@
+"""Laws of cached state, to the bit: however tokens came to be in a sequence, its logits are those of a fresh one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_laws import SHAPES, TokenCounter, assert_same_bits, audit, fresh, open_engine, random_ids, run
+
+from lfm2cpp.engine.engine import Engine
+
+BORDERS = [1, 62, 63, 64, 65, 66, 126, 127, 128, 129, 130]
+IDS = random_ids(150)
+OTHER = random_ids(150, seed=1)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, shape: str) -> Iterator[Engine]:
+    with open_engine(folder, shape) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> np.ndarray:
+    """Logits of IDS, evaluated at once by a sequence of their own."""
+    return fresh(engine, IDS)
+
+
+@pytest.mark.parametrize("at", BORDERS)
+def test_a_prompt_in_two_parts_equals_one(engine: Engine, expected: np.ndarray, at: int) -> None:
+    with engine.sequence() as sequence:
+        assert_same_bits(run(engine, sequence, IDS, [at]), expected)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 70, [7] * 30, [2, 3, 5, 16, 17, 48, 49], [12, 13, 31, 33, 3]])
+def test_any_chunks_equal_one_prompt(engine: Engine, expected: np.ndarray, chunks: list[int]) -> None:
+    """1 is decode, up to 16 tokens split attention over the context, more group the queries."""
+    with engine.sequence() as sequence:
+        assert_same_bits(run(engine, sequence, IDS, chunks), expected)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_change_nothing(
+    folder: Path, shape: str, engine: Engine, expected: np.ndarray, n_threads: int
+) -> None:
+    with open_engine(folder, shape, n_threads=n_threads) as other, other.sequence() as sequence:
+        assert_same_bits(run(other, sequence, IDS, [129, 1, 1, 5]), expected)
+
+
+@pytest.mark.parametrize("n_batch", [1, 5, 64])
+def test_the_batch_size_changes_nothing(folder: Path, shape: str, expected: np.ndarray, n_batch: int) -> None:
+    n = 20 if n_batch == 1 else len(IDS)
+    with open_engine(folder, shape, n_batch=n_batch) as other, other.sequence() as sequence:
+        assert_same_bits(run(other, sequence, IDS[:n]), expected[:n])
+
+
+@pytest.mark.parametrize("at", BORDERS)
+def test_rolling_back_equals_never_having_left(engine: Engine, expected: np.ndarray, at: int) -> None:
+    with engine.sequence() as sequence:
+        run(engine, sequence, IDS[:at] + OTHER[at:])
+        sequence.truncate(at)
+        assert sequence.tokens == tuple(IDS[:at]) and sequence.n_past == at
+        assert_same_bits(run(engine, sequence, IDS[at:], [1]), expected[at:])
+        assert sequence.tokens == tuple(IDS)
+
+
+@pytest.mark.parametrize("at", BORDERS)
+def test_a_fork_equals_a_copy(engine: Engine, expected: np.ndarray, at: int) -> None:
+    """Both go on, in turns; neither sees what the other writes."""
+    with engine.sequence() as left:
+        run(engine, left, IDS[:at])
+        with left.fork() as right:
+            other = run(engine, right, OTHER[:5])
+            first = run(engine, left, IDS[at : at + 3])
+            other = np.concatenate([other, run(engine, right, OTHER[5:70])])
+            second = run(engine, left, IDS[at + 3 :])
+            assert_same_bits(np.concatenate([first, second]), expected[at:])
+            assert_same_bits(other, fresh(engine, IDS[:at] + OTHER[:70])[at:])
+            audit(engine, [left, right])
+
+
+@pytest.mark.parametrize("at", BORDERS)
+def test_a_shared_prefix_equals_an_own_one(folder: Path, shape: str, expected: np.ndarray, at: int) -> None:
+    with open_engine(folder, shape) as engine, engine.sequence() as first, engine.sequence() as second:
+        run(engine, first, IDS[:at] + OTHER[at:])
+        kept = second.reuse_prefix(IDS)
+        assert kept == at // 64 * 64, "whole pages of what the two have in common"
+        assert second.state.pages == first.state.pages[: kept // 64]
+        assert_same_bits(run(engine, second, IDS[kept:], [3]), expected[kept:])
+        # The first one can go on in what it shares, or leave, and the second is none the wiser.
+        first.truncate(min(at, 100))
+        run(engine, first, OTHER[:40])
+        first.close()
+        second.truncate(70)
+        assert_same_bits(run(engine, second, IDS[70:]), expected[70:])
+        audit(engine, [second])
+
+
+@pytest.mark.parametrize("at", BORDERS)
+def test_a_saved_sequence_goes_on_as_if_it_had_never_left(
+    engine: Engine, expected: np.ndarray, tmp_path: Path, at: int
+) -> None:
+    with engine.sequence() as sequence:
+        run(engine, sequence, IDS[:at])
+        sequence.save(tmp_path / "state")
+    with engine.load_sequence(tmp_path / "state") as loaded:
+        assert loaded.tokens == tuple(IDS[:at])
+        assert_same_bits(run(engine, loaded, IDS[at:], [1]), expected[at:])
+
+
+def test_ragged_batches_equal_sequences_on_their_own(engine: Engine) -> None:
+    """Prefill, decode and roll-back in one batch, sequences of every length, in steps that cut through them."""
+    lengths = [1, 63, 64, 65, 130, 7]
+    prompts = [random_ids(150, seed=10 + i) for i in range(len(lengths))]
+    expected = [fresh(engine, ids) for ids in prompts]
+    sequences = [engine.sequence() for _ in lengths]
+    rows: list[list[np.ndarray]] = [[] for _ in lengths]
+    done = [0] * len(lengths)
+    for sizes in [lengths, [1] * 6, [1, 1, 40, 1, 1, 2], [60, 1, 1, 70, 3, 1]]:
+        ends = [min(150, first + n) for first, n in zip(done, sizes, strict=True)]
+        batch = [(s, ids[a:b]) for s, ids, a, b in zip(sequences, prompts, done, ends, strict=True) if b > a]
+        results = iter(engine.evaluate(batch, logits="all"))
+        for i, (first, end) in enumerate(zip(done, ends, strict=True)):
+            if end > first:
+                rows[i].append(next(results))
+        done = ends
+        sequences[4].truncate(100)
+        done[4] = 100
+        rows[4] = [np.concatenate(rows[4])[:100]]
+    for i, sequence in enumerate(sequences):
+        assert_same_bits(np.concatenate(rows[i]), expected[i][: done[i]])
+        sequence.close()
+    audit(engine, [])
+
+
+def test_logits_of_the_last_token_of_all_or_of_none(engine: Engine, expected: np.ndarray) -> None:
+    with engine.sequence() as sequence:
+        assert engine.evaluate([(sequence, IDS[:66])], logits="none")[0].shape == (0, engine.n_vocab)
+        assert_same_bits(engine.evaluate([(sequence, IDS[66:130])])[0], expected[129:130])
+        sequence.truncate(129)  # the 65 tokens before are repeated, but nobody asked for their logits
+        assert_same_bits(engine.evaluate([(sequence, IDS[129:])], logits="all")[0], expected[129:])
+
+
+def test_a_result_does_not_change_when_the_engine_goes_on(engine: Engine, expected: np.ndarray) -> None:
+    with engine.sequence() as sequence:
+        first = engine.evaluate([(sequence, IDS[:10])], logits="all")[0]
+        copy = first.copy()
+        engine.evaluate([(sequence, OTHER[:20])], logits="all")
+        assert_same_bits(first, copy)
+
+
+def test_a_chat_of_4000_tokens_repeats_fewer_than_64(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: tokens evaluated beyond the new ones, for each way in which a second turn can begin."""
+    path_options = {"n_ctx": 4096, "n_threads": 2}
+    with open_engine(folder, "q8_0", **path_options) as engine:
+        conversation, answer = random_ids(4000, seed=5), random_ids(30, seed=6)
+        counter = TokenCounter(engine, monkeypatch)
+        with engine.sequence() as sequence:
+            engine.evaluate([(sequence, conversation)])
+            assert counter.count == 4000
+            for token in answer[:5]:
+                engine.evaluate([(sequence, [token])])
+
+            def turn(ids: list[int], n_new: int, from_sequence=sequence) -> None:
+                counter.reset()
+                kept = from_sequence.reuse_prefix(ids)
+                engine.evaluate([(from_sequence, ids[kept:])])
+                assert n_new <= counter.count < n_new + 64
+
+            turn(conversation + answer[:5] + random_ids(20, seed=7), 20)  # goes on
+            assert counter.count == 20
+            turn(conversation + random_ids(20, seed=8), 20)  # another question after the same history
+            turn(conversation[:3000] + random_ids(20, seed=9), 20)  # an edited history
+            turn(conversation[:3000] + random_ids(20, seed=9), 1)  # the same once more: only the last one's logits
+            with engine.sequence() as newcomer:
+                turn(conversation[:3990], 1, newcomer)  # what another chat has left
