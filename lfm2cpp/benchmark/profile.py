@@ -1,0 +1,201 @@
+"""Where the time of a step goes: ops grouped by kind, each beside what the machine could do at most.
+
+A kind's limit is the larger of two times: its bytes at the measured read bandwidth, its multiply-adds at the measured
+peak (int8 for block types, float32 for the rest and for attention). Decode runs into the first, prefill into the second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lfm2cpp.engine.engine import Engine
+from lfm2cpp.engine.plan import Op
+from lfm2cpp.kernels.library import Progress
+from lfm2cpp.kernels.widths import PAGE_TOKENS
+
+from .limits import READ_ROUNDS, READ_STEP, Limits, measure_limits, read_rate
+from .measure import Base, ModelInfo, Runner, Setup, Test, open_engine
+
+FLOAT_KINDS = ("mul_mat F32", "mul_mat F16", "mul_mat BF16", "attention")
+
+
+@dataclass
+class Kind:
+    """All ops with the same label in one step: how many, their nanoseconds, bytes read and multiply-adds."""
+
+    label: str
+    n_ops: int = 0
+    ns: float = 0.0
+    nbytes: float = 0.0
+    macs: float = 0.0
+
+    def share_of_limit(self, read: float, limits: Limits) -> float:
+        """The shortest time that the machine allows over the time taken; 0 for ops that neither stream nor multiply."""
+        peak = limits.f32_macs_per_s if self.label in FLOAT_KINDS else limits.int8_macs_per_s
+        shortest = max(self.nbytes / read, self.macs / peak)
+        return 1e9 * shortest / self.ns if self.ns else 0.0
+
+
+@dataclass
+class Profile:
+    """One step (a token of decode, or a whole prompt) on average. `read_bytes_per_s` is the bandwidth compared with."""
+
+    setup: Setup
+    test: Test
+    model: ModelInfo
+    limits: Limits
+    weights_read_bytes_per_s: float
+    n_steps: int
+    step_ns: float
+    kinds: list[Kind] = field(default_factory=list)
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Of memory, or of the mapped weights where they are read faster: caches may hold a small model."""
+        return max(self.limits.read_bytes_per_s, self.weights_read_bytes_per_s)
+
+    @property
+    def total(self) -> Kind:
+        total = Kind("sum of ops")
+        for kind in self.kinds:
+            total.n_ops += kind.n_ops
+            total.ns += kind.ns
+            total.nbytes += kind.nbytes
+            total.macs += kind.macs
+        return total
+
+    @property
+    def ops_share(self) -> float:
+        """The ops' own times over the step's."""
+        return self.total.ns / self.step_ns
+
+    @property
+    def share_of_limit(self) -> float:
+        """The shortest time of all kinds over the step's."""
+        return sum(k.ns * k.share_of_limit(self.read_bytes_per_s, self.limits) for k in self.kinds) / self.step_ns
+
+    def to_json(self) -> dict[str, Any]:
+        read = self.read_bytes_per_s
+        return {
+            "model_filename": self.model.filename,
+            "model_type": self.model.type,
+            "n_threads": self.setup.n_threads,
+            "n_batch": self.setup.n_batch,
+            "type_k": self.setup.kv_type,
+            "test": self.test.name,
+            "n_steps": self.n_steps,
+            "step_ns": round(self.step_ns),
+            "ops_share": self.ops_share,
+            "share_of_limit": self.share_of_limit,
+            "limits": self.limits.to_json(),
+            "weights_read_bytes_per_s": self.weights_read_bytes_per_s,
+            "ops": [
+                {
+                    "kind": k.label,
+                    "n": k.n_ops,
+                    "ns": round(k.ns),
+                    "bytes": round(k.nbytes),
+                    "macs": round(k.macs),
+                    "share_of_limit": k.share_of_limit(read, self.limits),
+                }
+                for k in self.kinds
+            ],
+        }
+
+
+def run_profiles(
+    setup: Setup, tests: list[Test], repetitions: int, *, progress: Progress | None = None
+) -> Iterator[Profile]:
+    """Profile every pp and tg test; the limits are measured right before, with as many threads."""
+    n_ctx = max(test.n_depth + test.n_tokens for test in tests)
+    with open_engine(setup, n_ctx, progress) as engine:
+        model, base = ModelInfo.of(engine), Base(engine)
+        limits = measure_limits([setup.n_threads], progress)[0]
+        weights_read = _weights_read_rate(engine, setup.n_threads)
+        for test in tests:
+            runner = Runner(engine, base.at(test.n_depth))
+            runner.run(test.n_prompt, min(test.n_gen, 1))
+            n_steps = repetitions * (1 if test.n_prompt else test.n_gen)
+            engine.team.profile(True)
+            began = time.perf_counter_ns()
+            inside = sum(runner.run(test.n_prompt, test.n_gen) for _ in range(repetitions))
+            assert inside <= time.perf_counter_ns() - began
+            times = engine.team.profile(False)
+            kinds = _kinds(engine, times.tolist(), test, n_steps)
+            yield Profile(setup, test, model, limits, weights_read, n_steps, inside / n_steps, kinds)
+
+
+def _weights_read_rate(engine: Engine, n_threads: int) -> float:
+    """Bytes a second at which the mapped weights themselves can be read, as a decode step has to."""
+    infos = [info for info in engine.gguf.tensors.values() if info.file == 0]
+    first = min(engine.gguf.locate(info.name) for info in infos)
+    last = max(engine.gguf.locate(info.name) + info.nbytes for info in infos)
+    if last - first < READ_STEP * n_threads:
+        return 0.0
+    return read_rate(first, last - first, n_threads, READ_ROUNDS + 1)
+
+
+def _kinds(engine: Engine, ns_by_op: list[int], test: Test, n_steps: int) -> list[Kind]:
+    """Times and costs of one step by label, the longest first."""
+    n_tokens = test.n_prompt or 1
+    n_chunks = -(-n_tokens // engine.n_batch)
+    context = test.n_depth + (test.n_prompt or test.n_gen) / 2  # tokens that attention sees, on average
+    kinds: dict[str, Kind] = {}
+    for op, ns in zip(engine.plan.ops, ns_by_op, strict=True):
+        kind = kinds.setdefault(op.label, Kind(op.label))
+        kind.n_ops += 1
+        kind.ns += ns / n_steps
+        rows = 1 if op.args.get("count") == engine.plan.out_rows else n_tokens
+        kind.macs += op.macs * rows
+        kind.nbytes += op.nbytes * (n_tokens if op.label == "get_rows" else n_chunks)
+        if _reads_context(op):
+            kind.macs += n_tokens * context * 2 * op.args["n_head"] * op.args["n_embd_head"]
+            kind.nbytes += n_chunks * context * _kv_bytes(engine)
+    return sorted(kinds.values(), key=lambda k: -k.ns)
+
+
+def _reads_context(op: Op) -> bool:
+    return op.label == "attention" and "scale" in op.args
+
+
+def _kv_bytes(engine: Engine) -> float:
+    """K and V of one token in one layer."""
+    return engine.layout.conv_offset / PAGE_TOKENS / len(engine.hparams.attention_layers)
+
+
+def table(profile: Profile) -> str:
+    """The profile for people, as a Markdown table with a line above and two below."""
+    total, step = profile.total, profile.step_ns
+    what = "token" if profile.test.n_gen else "prompt"
+    threads = f"{profile.setup.n_threads} thread{'s'[: profile.setup.n_threads > 1]}"
+    lines = [
+        f"{profile.model.type}, {threads}, {profile.test.name}: {_time(step)} a {what}, mean of {profile.n_steps}",
+        "",
+        f"| {'op':<14} | {'ops':>4} | {'time':>9} | {'share':>7} | {'bytes':>9} | {'GB/s':>6} | {'MAC':>8} | {'G MAC/s':>8} "
+        "| of limit |",
+        f"| {'-' * 14} | ---: | --------: | ------: | --------: | -----: | -------: | -------: | -------: |",
+    ]
+    for kind in (*profile.kinds, total):
+        seconds = kind.ns / 1e9 or 1e-9
+        limit = profile.share_of_limit if kind is total else kind.share_of_limit(profile.read_bytes_per_s, profile.limits)
+        lines.append(
+            f"| {kind.label:<14} | {kind.n_ops:>4} | {_time(kind.ns):>9} | {kind.ns / step:>7.1%} "
+            f"| {kind.nbytes / 1e6:>6.1f} MB | {kind.nbytes / seconds / 1e9:>6.1f} "
+            f"| {kind.macs / 1e6:>6.0f} M | {kind.macs / seconds / 1e9:>8.1f} | {limit:>8.1%} |"
+        )
+    limits = profile.limits
+    lines += [
+        "",
+        f"limits with {threads}: memory {limits.read_bytes_per_s / 1e9:.1f} GB/s, these weights in place "
+        f"{profile.weights_read_bytes_per_s / 1e9:.1f} GB/s, int8 {limits.int8_macs_per_s / 1e9:.0f} and float32 "
+        f"{limits.f32_macs_per_s / 1e9:.0f} G MAC/s",
+        f"the ops' own times are {profile.ops_share:.1%} of the step",
+    ]
+    return "\n".join(lines)
+
+
+def _time(ns: float) -> str:
+    return f"{ns / 1e6:.2f} ms" if ns >= 1e6 else f"{ns / 1e3:.1f} us"
