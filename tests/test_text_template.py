@@ -36,7 +36,7 @@ def render(source: str, vocab: Vocab, **options: Any) -> str:
     return template(source, vocab).render(options.pop("messages"), **options).text
 
 
-# -- equal to transformers ---------------------------------------------------------------------------------------
+# -- equal to transformers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "conversation"), cases())
@@ -58,7 +58,7 @@ def test_golden_chats(vocab: Vocab, case: dict[str, Any], source: str) -> None:
     assert vocab.encode_segments(rendered.segments, add_bos=True) == vocab.tokenize(case["text"], parse_special=True)
 
 
-# -- markers -----------------------------------------------------------------------------------------------------
+# -- markers --------------------------------------------------------------------------------------------------------
 
 
 def special(segments: Any) -> list[str]:
@@ -170,7 +170,7 @@ def test_exactly_one_bos(vocab: Vocab, source: str, add_bos: bool, n_bos: int) -
     assert ids.count(vocab.bos_id) == n_bos and (not n_bos or ids[0] == vocab.bos_id)
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------
+# -- inputs ---------------------------------------------------------------------------------------------------------
 
 
 class Disguised(str):

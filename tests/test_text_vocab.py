@@ -43,7 +43,7 @@ def small_vocab(tmp_path: Path, extra: list[tuple[str, int]], **metadata: Any) -
     return Vocab(read_gguf(path))
 
 
-# -- equal to Hugging Face ------------------------------------------------------------------------------------
+# -- equal to Hugging Face ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: ascii(case["text"])[:40])
@@ -175,7 +175,7 @@ def test_ids_outside_are_refused(vocab: Vocab, token_id: int) -> None:
             call(token_id)
 
 
-# -- A25, A26: tables that are wrong ----------------------------------------------------------------------------
+# -- A25, A26: tables that are wrong --------------------------------------------------------------------------------
 
 Tables = tuple[list[Any], list[int], list[Any], dict[str, Any]]
 
