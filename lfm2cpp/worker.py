@@ -76,7 +76,7 @@ class Worker:
 class Stream(Iterator[Event]):
     """The events of one generation: Prefill and Piece as they come, Generation last.
 
-    `stop` ends it early: the Generation then says "interrupted". Dropping a stream stops it as well.
+    `stop` ends it early: the Generation then says "interrupted". So do dropping the stream and a Ctrl-C that hits it.
     """
 
     def __init__(self, worker: Worker, work: Callable[[Callable[[Event], None], threading.Event], Generation]) -> None:
@@ -97,7 +97,11 @@ class Stream(Iterator[Event]):
     def __next__(self) -> Event:
         if self._ended:
             raise StopIteration
-        event = self._next_event()
+        try:
+            event = self._next_event()
+        except KeyboardInterrupt:
+            self.stop()  # a traceback may keep this stream alive, and the engine busy, for long
+            raise
         if isinstance(event, BaseException):
             self._ended = True
             raise event
@@ -123,7 +127,6 @@ class Stream(Iterator[Event]):
             for _ in self:
                 pass
         except KeyboardInterrupt:
-            self.stop()
             for _ in self:
                 pass
             raise
