@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lfm2cpp.ggml import GGMLType
 
-from .safetensors_file import READ_CHUNK, StoredTensor
+from .safetensors_file import StoredTensor
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
@@ -80,11 +80,14 @@ def item_size(dtype: str) -> int:
 
 def as_f32(piece: memoryview, dtype: str) -> F32:
     """The values of a piece as float32: exact, but for F64, which is rounded."""
+    values: F32
     if dtype == "BF16":
-        return np.left_shift(np.frombuffer(piece, "<u2"), 16, dtype="<u4").view(np.float32)
+        values = np.left_shift(np.frombuffer(piece, "<u2"), 16, dtype="<u4").view(np.float32)
+        return values
     x = np.frombuffer(piece, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
     with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(np.float32, copy=False)
+        values = x.astype(np.float32, copy=False)
+    return values
 
 
 def f32_to_bf16(x: F32) -> U16:

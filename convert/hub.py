@@ -87,12 +87,11 @@ def _download(hub_id: str, name: str, revision: str | None, *, offline: bool = F
 
 def _quiet_library() -> None:
     """No warnings before our one line; a progress bar on a terminal only."""
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub import utils
 
-    hub_logging.set_verbosity_error()
+    utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if sys.stderr is None or not sys.stderr.isatty():
-        disable_progress_bars()
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _failure(error: BaseException, hub_id: str) -> CheckpointError:

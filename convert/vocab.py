@@ -109,8 +109,8 @@ def _pre_tokenizer_problem(tokenizer: Mapping[str, Any]) -> str | None:
     """What differs from LFM2's rules, or None."""
     if (normalizer := tokenizer.get("normalizer")) not in (None, {"type": "Sequence", "normalizers": []}):
         return f"it has a normalizer ({shown(_type_of(normalizer))})"
-    steps = tokenizer.get("pre_tokenizer")
-    steps = steps.get("pretokenizers") if _type_of(steps) == "Sequence" else [steps]
+    step = tokenizer.get("pre_tokenizer")
+    steps = step.get("pretokenizers") if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
     if not isinstance(steps, list) or [_type_of(step) for step in steps] != ["Split", "ByteLevel"]:
         kinds = [_type_of(step) for step in steps] if isinstance(steps, list) else ["?"]
         return f"its steps are {shown(' + '.join(kinds))}, expected Split + ByteLevel"
@@ -206,7 +206,7 @@ def _named_specials(config: Mapping[str, Any]) -> dict[str, Any]:
     more = {k: v for k, v in config.items() if k.endswith("_token") and k not in NAMED_SPECIALS}
     values = [config.get(k) for k in NAMED_SPECIALS] + list(more.values())
     values += list(extra.values()) if isinstance(extra, dict) else []
-    named = {}
+    named: dict[str, Any] = {}
     for value in values:
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str) and content:
