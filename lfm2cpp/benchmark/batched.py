@@ -32,6 +32,11 @@ class BatchedTest:
         """Tokens in the cache at the end."""
         return (1 if self.shared else self.n_parallel) * self.n_prompt + self.n_parallel * self.n_gen
 
+    @property
+    def n_pages(self) -> int:
+        """Pages that all sequences take at most, one each to spare."""
+        return self.n_parallel * (-(-(self.n_prompt + self.n_gen) // PAGE_TOKENS) + 1)
+
 
 @dataclass(frozen=True)
 class BatchedResult:
@@ -74,13 +79,13 @@ def run_batched(
     """Load the model and run the tests in order."""
     tests = list(tests)
     with open_engine(setup, max(test.n_prompt + test.n_gen for test in tests), progress) as engine:
+        # The pool's own limit is made for a few conversations, not for dozens of sequences. It grows in slabs that are
+        # cut to the limit, so this comes before the first page is taken.
+        engine.pool.max_pages = max(engine.pool.max_pages, *(test.n_pages for test in tests))
         sequence = engine.sequence()
         engine.evaluate([(sequence, random_tokens(min(WARMUP_TOKENS, engine.n_ctx), engine.n_vocab))])
         sequence.close()
         for test in tests:
-            # The pool's own limit is made for a few conversations, not for dozens of sequences.
-            pages = test.n_parallel * (-(-(test.n_prompt + test.n_gen) // PAGE_TOKENS) + 1)
-            engine.pool.max_pages = max(engine.pool.max_pages, pages)
             times = [_run(engine, test) for _ in range(repetitions)]
             yield BatchedResult(setup, test, average([t[0] for t in times]), average([t[1] for t in times]))
 

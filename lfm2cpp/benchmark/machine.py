@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -141,10 +142,14 @@ def _size(path: Path) -> int:
 
 
 def folder_is_writable(folder: Path) -> bool:
-    """Whether a file can be made in this folder, or, where it is not there yet, whether it could be made."""
+    """Whether a file can be made in this folder, or, where it is not there yet, in the nearest one above. Tries it."""
     while not os.path.lexists(folder) and folder.parent != folder:
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def versions() -> dict[str, dict[str, Any]]:
