@@ -17,7 +17,7 @@ from lfm2cpp.benchmark.random_model import write_random_model
 from lfm2cpp.benchmark.shapes import find_shape
 from lfm2cpp.cli.doctor import describe, find_warnings
 from lfm2cpp.engine.engine import Engine
-from lfm2cpp.engine.memory import KV_BYTES
+from lfm2cpp.engine.memory import KV_TYPES
 from lfm2cpp.ggml import GGMLType
 from lfm2cpp.kernels.level import LEVELS, target
 from lfm2cpp.kernels.library import KernelCache
@@ -133,16 +133,16 @@ def test_writable_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_type", ["Q4_0", "F16"])
-@pytest.mark.parametrize("kv_type", sorted(KV_BYTES))
+@pytest.mark.parametrize("kv_type", sorted(KV_TYPES))
 def test_names_are_those_that_an_engine_loads(tmp_path: Path, file_type: str, kv_type: str) -> None:
     path = tmp_path / "m.gguf"
     write_random_model(path, find_shape(TINY), file_type)
     names = set(file_kernels(path, kv_type))
     with Engine(path, n_ctx=64, n_threads=1, kv_type=kv_type) as engine:
         assert {op.kernel for op in engine.plan.ops} <= names
-    assert names <= set(all_kernels(KV_BYTES))
+    assert names <= set(all_kernels(KV_TYPES))
     base = GGMLType[file_type]
-    assert set(type_kernels(base, kv_type)) <= set(all_kernels(KV_BYTES))
+    assert set(type_kernels(base, kv_type)) <= set(all_kernels(KV_TYPES))
 
 
 def test_every_level_has_a_name_of_its_own() -> None:

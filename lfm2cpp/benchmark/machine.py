@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2cpp import __version__
-from lfm2cpp.engine.memory import KV_BYTES
+from lfm2cpp.engine.memory import KV_TYPES
 from lfm2cpp.engine.threads import affinity_cpus, cgroup_cpus, default_threads, physical_cores
 from lfm2cpp.kernels import level
 from lfm2cpp.kernels.library import KernelCache
@@ -114,7 +114,7 @@ def _cgroup_memory() -> int | None:
 
 def _kernel_cache() -> dict[str, Any]:
     """The cache folder, and how many of the kernels this version could need are in it."""
-    names = all_kernels(KV_BYTES)
+    names = all_kernels(KV_TYPES)
     cache = KernelCache()
     missing = [name for name in names if cache.read(name) is None]
     parent = cache.folder.parent

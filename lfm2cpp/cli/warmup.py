@@ -40,15 +40,15 @@ def warmup(model: Path | None, kv_type: str) -> None:
 
 def _needed(model: Path | None, kv_type: str) -> list[str]:
     from lfm2cpp.benchmark.kernel_names import all_kernels, file_kernels
-    from lfm2cpp.engine.memory import KV_BYTES
+    from lfm2cpp.engine.memory import KV_TYPES
 
-    if kv_type not in KV_BYTES:
-        raise UsageError(f"KV type {kv_type!r} is not one of {', '.join(KV_BYTES)}")
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"KV type {kv_type!r} is not one of {', '.join(KV_TYPES)}")
     if model is not None:
         return file_kernels(model, kv_type)
     from quant.encode import KERNELS as ENCODERS
 
-    return list(dict.fromkeys([*all_kernels(KV_BYTES), *ENCODERS.values()]))
+    return list(dict.fromkeys([*all_kernels(KV_TYPES), *ENCODERS.values()]))
 
 
 def _show(name: str, done: int, total: int) -> None:

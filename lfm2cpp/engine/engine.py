@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence as ListLike
+from collections.abc import Iterable
+from collections.abc import Sequence as ListLike
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +26,7 @@ from lfm2cpp.kernels.widths import CHUNK_TOKENS
 from .batching import SLICE_BYTES, SLICE_MACS, Entry, Part, check_batch, slices, split_steps
 from .limits import MAX_BATCH, MAX_THREADS, check_memory, checked, context_size, max_pages
 from .load import RopeTable, load_weights
-from .memory import KV_BYTES, PageLayout, PagePool, n_pages
+from .memory import KV_TYPES, PageLayout, PagePool, n_pages
 from .model import record_lfm2
 from .plan import SPLIT_TOKENS, Plan
 from .sequence import Sequence
@@ -53,8 +54,8 @@ class Engine:
         `force` runs a model that the memory does not suffice for. Raises ModelFormatError for a file that cannot be
         run, UsageError for options out of range, ContextError without enough memory.
         """
-        if kv_type not in KV_BYTES:
-            raise UsageError(f"KV type {kv_type!r} is not one of {', '.join(KV_BYTES)}")
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"KV type {kv_type!r} is not one of {', '.join(KV_TYPES)}")
         self.kv_type = kv_type
         self.n_batch = checked("n_batch", n_batch, 1, MAX_BATCH)
         self.n_threads = checked("the number of threads", n_threads or default_threads(), 1, MAX_THREADS)
@@ -70,6 +71,8 @@ class Engine:
         self.facts = validate_model(self.gguf)
         self.hparams = hp = self.facts.hparams
         self.n_vocab, self.n_ctx = hp.n_vocab, context_size(n_ctx, hp.n_ctx_train)
+        if self.kv_type == "q8_0" and hp.n_embd_head % 32:
+            raise UsageError(f"KV type q8_0 needs heads of a multiple of 32, and this model's are {hp.n_embd_head}; use f16")
         self.layout = PageLayout.of(hp, self.kv_type)
         page_bytes = self.layout.page_bytes
         check_memory(self.path, self.gguf.nbytes, page_bytes * n_pages(self.n_ctx) if n_ctx else 0, force)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from lfm2cpp.errors import ContextError
-from lfm2cpp.kernels.widths import PAGE_TOKENS, padded_head
+from lfm2cpp.kernels.widths import KV_COLUMN_BYTES, PAGE_TOKENS, padded_head
 
-KV_BYTES = {"f16": 2, "f32": 4}
+KV_TYPES = tuple(KV_COLUMN_BYTES)
 PAGE_FORMAT = 1  # of saved pages: to be raised when a kernel changes what lies where in a page
 SLAB_PAGES = 16
 ALIGNMENT = 64
@@ -57,14 +57,14 @@ class PageLayout:
 
     @classmethod
     def of(cls, hparams: Any, kv_type: str) -> PageLayout:
-        """The layout for a model's hyper-parameters; kv_type is one of KV_BYTES."""
-        size, offset = KV_BYTES[kv_type], 0
+        """The layout for a model's hyper-parameters; kv_type is one of KV_TYPES."""
+        column_bytes, offset = KV_COLUMN_BYTES[kv_type], 0
         kv: dict[int, KVLayer] = {}
         n_embd_head = hparams.n_embd_head
         for il in hparams.attention_layers:
             n_head_kv = hparams.n_head_kv[il]
-            k_bytes = size * n_head_kv * n_embd_head * PAGE_TOKENS
-            v_bytes = size * n_head_kv * padded_head(n_embd_head) * PAGE_TOKENS
+            k_bytes = column_bytes * n_head_kv * n_embd_head
+            v_bytes = column_bytes * n_head_kv * padded_head(n_embd_head)
             v_offset = aligned(offset + k_bytes)
             kv[il] = KVLayer(n_head_kv, n_embd_head, kv_type, offset, v_offset)
             offset = aligned(v_offset + v_bytes)

@@ -17,6 +17,8 @@ import numpy as np
 from .activation import activation_stride, n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
+from . import kv
+from .kv import KVType
 from .math import exp
 from .scalar import atomic_add, load_i32, load_i64
 from .scalar import load_f32 as load_scalar
@@ -28,43 +30,6 @@ from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP
 SMALL_TILE = 2
 LOWEST = -3.0e38
 RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
-
-
-def make_scores(n_queries: int, element: str, size: int) -> Any:
-    tile = make_tile(n_queries, element)
-    zero, step, put = tile.zero, tile.fma, tile.store
-
-    @device
-    def scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, out):
-        """out[query, key] = q . k for the first n_keys of a chunk (rounded up); out rows of CHUNK_TOKENS"""
-        for key in range(0, n_keys, 2 * W):
-            page, slot = divmod(key, PAGE_TOKENS)
-            k = load_i64(pages + 8 * page) + k_offset + size * slot
-            f = zero(0)
-            for i in range(n_embd_head):
-                f = step(f, k + size * i * PAGE_TOKENS, q + 4 * i, q_stride)
-            put(out + 4 * key, 4 * CHUNK_TOKENS, f)
-
-    return scores
-
-
-def make_weighted_sum(n_queries: int, element: str, size: int) -> Any:
-    tile = make_tile(n_queries, element)
-    zero, step, put = tile.zero, tile.fma, tile.store
-
-    @device
-    def weighted_sum(p, pages, v_offset, n_padded, n_keys, out, out_stride):
-        """out[query, column] = sum of p[query, key] * v[key, column]"""
-        for column in range(0, n_padded, 2 * W):
-            f = zero(0)
-            for page in range((n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS):
-                v = load_i64(pages + 8 * page) + v_offset + size * column
-                first = page * PAGE_TOKENS
-                for key in range(first, min(n_keys, first + PAGE_TOKENS)):
-                    f = step(f, v + size * (key - first) * n_padded, p + 4 * key, 4 * CHUNK_TOKENS)
-            put(out + 4 * column, out_stride, f)
-
-    return weighted_sum
 
 
 @device
@@ -125,9 +90,9 @@ def quantize_head(out, act, n_groups, head, n_embd_head, one_token):
         quantize_block(out + 4 * i, act, n_groups, (head * n_embd_head + i) // 32, one_token)
 
 
-def make_attend(n_queries: int, element: str, size: int) -> Any:
+def make_attend(n_queries: int, kv: KVType) -> Any:
     """attend: one chunk of context for a tile of queries."""
-    scores, weighted_sum = make_scores(n_queries, element, size), make_weighted_sum(n_queries, element, size)
+    scores, weighted_sum = kv.make_scores(n_queries), kv.make_weighted_sum(n_queries)
 
     @device
     def attend(q, q_stride, n_embd_head, n_padded, pages, k_offset, v_offset, valid, valid_step, count, scale, s, out):
@@ -144,8 +109,8 @@ def make_attend(n_queries: int, element: str, size: int) -> Any:
     return attend
 
 
-def make_attention(element: str, size: int) -> Any:
-    wide, small = make_attend(TILE_TOKENS, element, size), make_attend(SMALL_TILE, element, size)
+def make_attention(kv: KVType) -> Any:
+    wide, small, column_bytes = make_attend(TILE_TOKENS, kv), make_attend(SMALL_TILE, kv), kv.column_bytes
 
     @device
     def one_token(unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, s):
@@ -159,7 +124,7 @@ def make_attention(element: str, size: int) -> Any:
         if n_keys <= 0:
             return
         pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
-        k, v = k_offset + head_kv * size * n_embd_head * PAGE_TOKENS, v_offset + head_kv * size * PAGE_TOKENS * n_padded
+        k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
         row = 4 * (RESULT_HEAD + n_padded)
         j = 0
         while j < n_gqa:
@@ -180,7 +145,7 @@ def make_attention(element: str, size: int) -> Any:
                     positions, out, act, s):  # fmt: skip
         """Tokens begin .. begin + count - 1 of a run, one query head: all their chunks, then the finished rows."""
         head_kv = head // (n_head // n_head_kv)
-        k, v = k_offset + head_kv * size * n_embd_head * PAGE_TOKENS, v_offset + head_kv * size * PAGE_TOKENS * n_padded
+        k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
         row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_head * n_embd_head
         parts = s + 4 * TILE_TOKENS * CHUNK_TOKENS
         states = parts + TILE_TOKENS * row
@@ -263,5 +228,6 @@ def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, 
             quantize_head(at, act + t * act_stride, n_groups, head, n_embd_head, n_tokens == 1)
 
 
-attention_f16 = make_attention("f16", 2)
-attention_f32 = make_attention("f32", 4)
+attention_f16 = make_attention(kv.F16)
+attention_f32 = make_attention(kv.F32)
+attention_q8_0 = make_attention(kv.Q8_0)

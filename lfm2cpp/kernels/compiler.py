@@ -1,5 +1,8 @@
 """Compile one kernel to an object file through Numba. Imported only when the cache does not hold it.
 
+Numba compiles for the host, or for what its environment variables said when it was first used. Kernels are compiled for
+level.target() and nothing else, so they have a code generator of their own; the rest of the process keeps Numba's.
+
 A kernel is a plain function marked with @kernel. Its parameters are int64 (addresses and sizes) read from an argument
 row in order; `work`, `ith` and `nth` come from the caller: the address of the op's own work counter, which starts at
 zero, the thread's index and the number of threads. Float parameters are passed as the bits of a float32 in the low
@@ -11,24 +14,72 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numba
 from numba import types
-from numba.core import compiler, cpu
+from numba.core import codegen, compiler
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
+from . import level
 from .library import Compiled
 from .scalar import f32_of_bits, load_i64
 
 F32 = numba.float32  # annotation of a float parameter
 FROM_CALLER = ("work", "ith", "nth")
 
-# No fastmath: sums keep the order they are written in, at every level and on every machine.
-# LLVM may not fuse a*b+c by itself either; a kernel that wants a fused operation says fma.
-device = numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True)
-"""For the small helpers of kernels: compiled into their callers."""
+
+class KernelCodegen(codegen.JITCPUCodegen):
+    """Machine code for level.target()."""
+
+    def _get_host_cpu_name(self) -> str:
+        return level.target().cpu_name
+
+    def _get_host_cpu_features(self) -> str:
+        return level.target().switches
+
+
+@lru_cache(maxsize=1)
+def _codegen() -> KernelCodegen:
+    return KernelCodegen("lfm2cpp.exec")
+
+
+@contextmanager
+def _numba_for_kernels() -> Iterator[None]:
+    """Numba as kernels need it, whatever the environment or the rest of the process has made of it."""
+    context = cpu_target.target_context
+    with global_compiler_lock, _jit_enabled():
+        theirs, context._internal_codegen = context._internal_codegen, _codegen()
+        try:
+            yield
+        finally:
+            context._internal_codegen = theirs
+
+
+@contextmanager
+def _jit_enabled() -> Iterator[None]:
+    """NUMBA_DISABLE_JIT is meant for other code: kernels cannot be interpreted."""
+    disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0
+    try:
+        yield
+    finally:
+        numba.config.DISABLE_JIT = disabled
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Mark a small helper of kernels: it is compiled into its callers.
+
+    No fastmath: sums keep the order they are written in, at every level and on every machine. LLVM may not fuse a*b+c
+    by itself either; a kernel that wants a fused operation says fma.
+    """
+    with _jit_enabled():
+        return numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True)(function)
+
+
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Mark a function as a kernel that plans, or Python, can call by "module:function"."""
     function.is_kernel = True  # type: ignore[attr-defined]
@@ -68,16 +119,9 @@ def compile_kernel(name: str) -> Compiled:
     flags.nrt = False
     entry = _entry(function)
     entry.__name__ = entry.__qualname__ = "lfm2_" + re.sub(r"\W", "_", name)
-    result = compiler.compile_extra(
-        cpu_target.typing_context,
-        cpu_target.target_context,
-        entry,
-        (types.int64,) * 4,
-        types.void,
-        flags,
-        {},
-    )
-    assert isinstance(result.target_context, cpu.CPUContext)
-    return Compiled(
-        result.fndesc.mangled_name, kernel_params(function), bytes(result.library._get_compiled_object())
-    )
+    with _numba_for_kernels():
+        result = compiler.compile_extra(
+            cpu_target.typing_context, cpu_target.target_context, entry, (types.int64,) * 4, types.void, flags, {}
+        )
+        code = bytes(result.library._get_compiled_object())
+    return Compiled(result.fndesc.mangled_name, kernel_params(function), code)

@@ -1,12 +1,16 @@
 """Which instruction set the kernels are compiled for. Knows nothing of Numba, so a warm start need not import it.
 
-The host's features come from LLVM; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES replace them as they do in Numba, and
-LFM2CPP_SIMD picks a level by name among those the features allow.
+The host's features come from LLVM; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES replace them as they do in Numba, except that
+a CPU named by hand has only what its name promises, never what this machine happens to have. LFM2CPP_SIMD picks a
+level by name among those the features allow.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,56 +43,105 @@ LEVELS: tuple[Level, ...] = (
     Level("generic", 128, ()),
 )
 
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_AVX512_VNNI = _AVX512 | {"avx512vnni"}
+_BOTH_VNNI = _AVX512_VNNI | {"avxvnni"}
+_DOTPROD = frozenset({"neon", "dotprod"})
+_I8MM = _DOTPROD | {"i8mm"}
+# What a CPU named by hand promises, of the features that levels ask for. Of other names only the generic level is
+# expected; LLVM still uses all that it knows of them.
+NAMED_CPUS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("haswell", "broadwell", "skylake", "x86-64-v3", "znver1", "znver2", "znver3"), _AVX2),
+    **dict.fromkeys(("skylake-avx512", "x86-64-v4"), _AVX512),
+    **dict.fromkeys(
+        ("cascadelake", "icelake-client", "icelake-server", "tigerlake", "rocketlake", "znver4"), _AVX512_VNNI
+    ),
+    **dict.fromkeys(("cooperlake",), _AVX512_VNNI),
+    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids", "znver5"), _BOTH_VNNI),
+    **dict.fromkeys(
+        ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "gracemont", "sierraforest"),
+        _AVX2 | {"avxvnni"},
+    ),
+    **dict.fromkeys(("cortex-a76", "cortex-a78", "neoverse-n1", "apple-m1"), _DOTPROD),
+    **dict.fromkeys(
+        ("cortex-x3", "cortex-a715", "neoverse-v1", "neoverse-n2", "neoverse-v2", "apple-m2", "apple-m3", "apple-m4"),
+        _I8MM,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CPU:
+    """LLVM's name of a CPU, the features it has of those that levels ask for, LLVM's string of what to switch on or off."""
+
+    name: str
+    features: frozenset[str]
+    switches: str
+
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are compiled for: a level, and the CPU name and feature string given to LLVM."""
+    """What kernels are compiled for: a level, and the CPU as LLVM is told of it."""
 
     level: Level
     cpu_name: str
     features: frozenset[str]
+    switches: str
 
     @property
     def key(self) -> str:
-        return "|".join((self.level.name, self.cpu_name, ",".join(sorted(self.features))))
+        return "|".join((self.level.name, self.cpu_name, self.switches))
 
 
-def _known_features(cpu_name: str) -> frozenset[str]:
-    """Features of a CPU that is named by hand: only what its name promises."""
-    x86_vnni = {"avx2", "fma", "f16c", "avxvnni"}
-    by_name = {
-        "haswell": {"avx2", "fma", "f16c"},
-        "skylake": {"avx2", "fma", "f16c"},
-        "znver3": {"avx2", "fma", "f16c"},
-        "alderlake": x86_vnni,
-        "cortex-a76": {"neon", "dotprod", "fullfp16"},
-    }
-    return frozenset(by_name.get(cpu_name, set()))
+def _cpu() -> CPU:
+    """The CPU to compile for: the host, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
+    name, switches = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if not name and switches is None:
+        return _host()
+    name = name or llvm.get_host_cpu_name()
+    switched = (switches or "").replace(" ", "").split(",")
+    on = {switch[1:] for switch in switched if switch.startswith("+")}
+    off = {switch[1:] for switch in switched if switch.startswith("-")}
+    return CPU(name, NAMED_CPUS.get(name, frozenset()) - off | on, switches or "")
 
 
-def host_features() -> tuple[str, frozenset[str]]:
-    """(CPU name, enabled features) as Numba would compile for, without importing it."""
-    name = os.environ.get("NUMBA_CPU_NAME") or ""
-    features = os.environ.get("NUMBA_CPU_FEATURES")
-    if features is not None:
-        enabled = {f[1:] for f in features.split(",") if f.startswith("+")}
-        return name or llvm.get_host_cpu_name(), frozenset(enabled | _known_features(name))
-    if name and name != "host":
-        return name, _known_features(name)
-    host = llvm.get_host_cpu_features()
-    return llvm.get_host_cpu_name(), frozenset(f for f, on in host.items() if on)
+def _host() -> CPU:
+    name = llvm.get_host_cpu_name()
+    try:
+        found = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell on this system
+        return CPU(name, _arm_features(name), "")
+    on = {feature for feature, is_on in found.items() if is_on}
+    return CPU(name, frozenset(on) | _arm_features(name), found.flatten())
+
+
+def _arm_features(name: str) -> frozenset[str]:
+    """What LLVM's list of an ARM host's features may leave out."""
+    if platform.machine().lower() not in ("aarch64", "arm64"):
+        return frozenset()
+    if sys.platform == "darwin":
+        return NAMED_CPUS.get(name, _DOTPROD)  # every Mac has it
+    if sys.platform != "linux":
+        return NAMED_CPUS.get(name, frozenset())
+    # Bits of the kernel's ABI: HWCAP_ASIMD, HWCAP_ASIMDDP, HWCAP2_I8MM.
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    hwcap, hwcap2 = getauxval(16), getauxval(26)
+    bits = {"neon": hwcap >> 1 & 1, "dotprod": hwcap >> 20 & 1, "i8mm": hwcap2 >> 13 & 1}
+    return frozenset(feature for feature, is_on in bits.items() if is_on)
 
 
 @lru_cache(maxsize=1)
 def target() -> Target:
     """The level in use. UsageError when LFM2CPP_SIMD names one that this CPU does not have."""
-    cpu_name, features = host_features()
-    usable = [level for level in LEVELS if features.issuperset(level.features)]
-    wanted = os.environ.get("LFM2CPP_SIMD")
-    if not wanted:
-        return Target(usable[0], cpu_name, features)
+    cpu = _cpu()
+    usable = [level for level in LEVELS if cpu.features.issuperset(level.features)]
+    wanted = os.environ.get("LFM2CPP_SIMD") or usable[0].name
     for level in usable:
         if level.name == wanted:
-            return Target(level, cpu_name, features)
+            # Said once more, because not every list of LLVM's tells all.
+            switches = [cpu.switches, *("+" + feature for feature in level.features)]
+            return Target(level, cpu.name, cpu.features, ",".join(filter(None, switches)))
     names = ", ".join(level.name for level in usable)
-    raise UsageError(f"LFM2CPP_SIMD={wanted!r} is not available on this CPU ({cpu_name}); choose one of: {names}")
+    raise UsageError(f"LFM2CPP_SIMD={wanted!r} is not available on this CPU ({cpu.name}); choose one of: {names}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from . import kv
 from .batch import N_TOKENS, POSITIONS, RUN_FIELDS, RUN_OF, RUN_PAGES, RUNS
 from .compiler import F32, device, kernel
 from .ops import inverse_rms
-from .scalar import load_f32, load_i32, load_i64, store_f16, store_f32
+from .scalar import load_f32, load_i32, load_i64, store_f32
 from .widths import PAGE_TOKENS
 
 
@@ -36,11 +39,12 @@ def norm_rope(x, weight, eps: F32, n_head, n_embd_head, table, normed, out, batc
         rotate(normed + head, table + 4 * position * n_embd_head, n_embd_head // 2, out + head)
 
 
-def make_store_kv(store, size):
-    def store_kv(k, v, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, batch, ith, nth):
-        """Append K and V, (n_tokens, n_head_kv * n_embd_head) float32, to the pages of their sequences.
+def make_store_kv(kv_type: kv.KVType) -> Any:
+    store_head, column_bytes = kv_type.store_head, kv_type.column_bytes
 
-        In a page, K is transposed: [n_head_kv][n_embd_head][PAGE_TOKENS]; V is [n_head_kv][PAGE_TOKENS][n_padded].
+    def store_kv(k, v, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, batch, ith, nth):
+        """Append K and V, (n_tokens, n_head_kv * n_embd_head) float32, to the pages of their sequences (kv.py).
+
         Units are dealt as norm_rope deals them, so a thread stores what it has itself rotated.
         """
         positions, run_of = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * RUN_OF)
@@ -50,15 +54,14 @@ def make_store_kv(store, size):
             run = runs + 8 * RUN_FIELDS * load_i32(run_of + 4 * t)
             page, slot = divmod(load_i32(positions + 4 * t), PAGE_TOKENS)
             base = load_i64(load_i64(run + 8 * RUN_PAGES) + 8 * page)
-            k_out = base + k_offset + size * (head * n_embd_head * PAGE_TOKENS + slot)
-            v_out = base + v_offset + size * (head * PAGE_TOKENS + slot) * n_padded
-            source = 4 * unit * n_embd_head
-            for i in range(n_embd_head):
-                store(k_out + size * i * PAGE_TOKENS, load_f32(k + source + 4 * i))
-                store(v_out + size * i, load_f32(v + source + 4 * i))
+            k_out = base + k_offset + head * column_bytes * n_embd_head
+            v_out = base + v_offset + head * column_bytes * n_padded
+            row = 4 * unit * n_embd_head
+            store_head(k + row, v + row, k_out, v_out, slot, n_embd_head, n_padded)
 
     return kernel(store_kv)
 
 
-store_kv_f16 = make_store_kv(store_f16, 2)
-store_kv_f32 = make_store_kv(store_f32, 4)
+store_kv_f16 = make_store_kv(kv.F16)
+store_kv_f32 = make_store_kv(kv.F32)
+store_kv_q8_0 = make_store_kv(kv.Q8_0)

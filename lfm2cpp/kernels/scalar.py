@@ -95,6 +95,18 @@ def fma_f32(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def round_to_i64(typingctx: Any, a: Any) -> Any:
+    """float32 -> int64, to nearest even; |a| < 2**22"""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        magic = ir.Constant(FLOAT, 12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number
+        rounded = builder.fsub(builder.fadd(args[0], magic), magic)
+        return builder.sext(builder.fptosi(rounded, I32), I64)
+
+    return types.int64(types.float32), codegen
+
+
+@intrinsic
 def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at address; returns what it was before. Orders everything around it."""
 

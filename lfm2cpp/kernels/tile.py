@@ -17,6 +17,7 @@ from .scalar import FLOAT, I32, I64
 from .simd.registers import (
     F16_VECTOR,
     F32_VECTOR,
+    I8_LANES,
     I8_VECTOR,
     I32_VECTOR,
     LEVEL,
@@ -51,6 +52,8 @@ class Tile:
     combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
     scale_float: Any  # (f, sums, scales, d, stride) -> f + sums * (scales * d[t])
     fma: Any  # (f, rows, x, stride) -> f + rows * x[t]; rows of the element given to make_tile
+    fma_scaled: Any  # (f, rows, scale, x, stride) -> f + (rows * scale) * x[t]
+    add_scaled: Any  # (f, g, scales) -> f + g * scales; scales: 2 W float16
     store: Any  # (address, stride, f): rows of 2 W float32, `stride` bytes apart
     add: Any  # (f, g) -> f + g
     add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
@@ -68,14 +71,21 @@ def _load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.fpext(load_vector(builder, address, F16_VECTOR), F32_VECTOR)
 
 
+def _load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.sitofp(load_vector(builder, address, I8_LANES), F32_VECTOR)
+
+
+ELEMENTS = {"f32": (_load_f32, 4 * W), "f16": (_load_f16, 2 * W), "i8": (_load_i8, W)}  # load, bytes of W of them
+
+
 def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -> ir.Value:
     return builder.add(base, builder.mul(stride, ir.Constant(I64, t)))
 
 
 def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one list of small words
-    """The words for tiles of 2 W rows by `n_tokens`; `element` is what fma reads rows of: f32 or f16."""
+    """The words for tiles of 2 W rows by `n_tokens`; `element` is what fma reads rows of: f32, f16 or i8."""
     count = 2 * n_tokens
-    load_as_f32, row_bytes = (_load_f16, 2 * W) if element == "f16" else (_load_f32, 4 * W)
+    load_as_f32, row_bytes = ELEMENTS[element]
     floats, ints = types.UniTuple(f32, count), types.UniTuple(i32, count)
 
     def unpack(builder: ir.IRBuilder, tile: ir.Value) -> list[ir.Value]:
@@ -166,6 +176,20 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         tokens = broadcast(builder, x, stride, FLOAT)
         return outer(builder, f, values, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
 
+    @vector_op(floats, floats, int64, types.float32, int64, int64)
+    def fma_scaled(builder, f, rows, scale, x, stride):
+        factor = splat(builder, scale, W)
+        values = [load_as_f32(builder, builder.add(rows, ir.Constant(I64, half * row_bytes))) for half in range(2)]
+        tokens = broadcast(builder, x, stride, FLOAT)
+        scaled_rows = [builder.fmul(value, factor) for value in values]
+        return outer(builder, f, scaled_rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+
+    @vector_op(floats, floats, floats, int64)
+    def add_scaled(builder, f, g, scales):
+        rows = [_load_f16(builder, builder.add(scales, ir.Constant(I64, half * 2 * W))) for half in range(2)]
+        sums = zip(unpack(builder, f), unpack(builder, g), strict=True)
+        return pack(builder, [multiply_add(builder, b, rows[i // n_tokens], a) for i, (a, b) in enumerate(sums)])
+
     @vector_op(types.void, int64, int64, floats)
     def store(builder, address, stride, f):
         for i, value in enumerate(unpack(builder, f)):
@@ -187,7 +211,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
 
     return Tile(
         n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_i8_value), dots(4, dot_u7_value),
-        scale, add_product, combine, scale_float, fma, store, add, add_to,
+        scale, add_product, combine, scale_float, fma, fma_scaled, add_scaled, store, add, add_to,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ def activation_nbytes(n: int) -> int:
     return -(-(n // 32) // W) * ACT_GROUP
 
 
+# Bytes of a page's PAGE_TOKENS tokens of one column of K or V, by type; a q8_0 column has its part of the scales.
+KV_COLUMN_BYTES = {"f16": 2 * PAGE_TOKENS, "f32": 4 * PAGE_TOKENS, "q8_0": PAGE_TOKENS * 34 // 32}
 CHUNK_PAGES = 8
 CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS  # context that one softmax covers before results are merged
 QUERY_GROUP = 48  # tokens of a prefill unit of attention
