@@ -14,6 +14,7 @@ import random
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--outtype", default="bf16")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dir", type=Path, default=Path("bench-data"))
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "lfm2cpp-bench")
     parser.add_argument("--llama-cpp", help="command of llama.cpp's converter")
     args = parser.parse_args()
     source, target = args.dir / f"{args.shape}-hf", args.dir / "out.gguf"
