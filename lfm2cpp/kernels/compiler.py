@@ -109,19 +109,34 @@ def _entry(function: Callable[..., None]) -> Callable[[int, int, int, int], None
 
 def compile_kernel(name: str) -> Compiled:
     """Compile "module:function"; returns its object code, its symbol and its parameters."""
+    with _numba_for_kernels():
+        result = _compile(name)
+        code = bytes(result.library._get_compiled_object())
+    return Compiled(result.fndesc.mangled_name, kernel_params(_function(name)), code)
+
+
+def assembly(name: str) -> str:
+    """The assembly of "module:function", to look at."""
+    with _numba_for_kernels():
+        return _compile(name).library.get_asm_str()
+
+
+def _function(name: str) -> Callable[..., None]:
     module_name, function_name = name.split(":")
     function = getattr(importlib.import_module(module_name), function_name)
     assert function.is_kernel, name
+    return function
+
+
+def _compile(name: str) -> Any:
     flags = compiler.Flags()
     flags.no_cpython_wrapper = True
     flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     flags.nrt = False
-    entry = _entry(function)
+    entry = _entry(_function(name))
     entry.__name__ = entry.__qualname__ = "lfm2_" + re.sub(r"\W", "_", name)
-    with _numba_for_kernels():
-        result = compiler.compile_extra(
-            cpu_target.typing_context, cpu_target.target_context, entry, (types.int64,) * 4, types.void, flags, {}
-        )
-        code = bytes(result.library._get_compiled_object())
-    return Compiled(result.fndesc.mangled_name, kernel_params(function), code)
+    context = cpu_target.target_context
+    return compiler.compile_extra(
+        cpu_target.typing_context, context, entry, (types.int64,) * 4, types.void, flags, {}
+    )  # fmt: skip

@@ -93,6 +93,20 @@ class Target:
     def key(self) -> str:
         return "|".join((self.level.name, self.cpu_name, self.switches))
 
+    @property
+    def has_half(self) -> bool:
+        """Whether an instruction converts float16."""
+        return "f16c" in self.features or is_arm64()
+
+    @property
+    def has_fma(self) -> bool:
+        """Whether an instruction multiplies and adds with one rounding."""
+        return "fma" in self.features or is_arm64()
+
+
+def is_arm64() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
 
 def _cpu() -> CPU:
     """The CPU to compile for: the host, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
@@ -118,7 +132,7 @@ def _host() -> CPU:
 
 def _arm_features(name: str) -> frozenset[str]:
     """What LLVM's list of an ARM host's features may leave out."""
-    if platform.machine().lower() not in ("aarch64", "arm64"):
+    if not is_arm64():
         return frozenset()
     if sys.platform == "darwin":
         return NAMED_CPUS.get(name, _DOTPROD)  # every Mac has it

@@ -5,6 +5,7 @@ Numba has arrays, but a kernel works on a mapped file, an arena and pages, whose
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -12,6 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .portable import float_to_half, half_to_float, multiply_add
+
+Convert = Callable[[ir.IRBuilder, ir.Value, ir.Type], ir.Value]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -21,11 +26,11 @@ def pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Va
     return builder.inttoptr(address, ir.PointerType(pointee))
 
 
-def _loader(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: str) -> Any:
+def _loader(pointee: ir.Type, numba_type: types.Type, convert: Convert | None, doc: str) -> Any:
     def load(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
             value = builder.load(pointer(builder, args[0], pointee), align=1)
-            return getattr(builder, convert)(value, context.get_value_type(numba_type)) if convert else value
+            return convert(builder, value, context.get_value_type(numba_type)) if convert else value
 
         return numba_type(types.int64), codegen
 
@@ -33,10 +38,10 @@ def _loader(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: 
     return intrinsic(load)
 
 
-def _storer(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: str) -> Any:
+def _storer(pointee: ir.Type, numba_type: types.Type, convert: Convert | None, doc: str) -> Any:
     def store(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            value = getattr(builder, convert)(args[1], pointee) if convert else args[1]
+            value = convert(builder, args[1], pointee) if convert else args[1]
             builder.store(value, pointer(builder, args[0], pointee), align=1)
             return context.get_dummy_value()
 
@@ -47,18 +52,18 @@ def _storer(pointee: ir.Type, numba_type: types.Type, convert: str | None, doc: 
 
 
 load_i64 = _loader(I64, types.int64, None, "int64 at address")
-load_i32 = _loader(I32, types.int64, "sext", "int32 at address, as int64")
-load_u16 = _loader(I16, types.int64, "zext", "uint16 at address, as int64")
-load_u8 = _loader(I8, types.int64, "zext", "uint8 at address, as int64")
-load_i8 = _loader(I8, types.int64, "sext", "int8 at address, as int64")
+load_i32 = _loader(I32, types.int64, ir.IRBuilder.sext, "int32 at address, as int64")
+load_u16 = _loader(I16, types.int64, ir.IRBuilder.zext, "uint16 at address, as int64")
+load_u8 = _loader(I8, types.int64, ir.IRBuilder.zext, "uint8 at address, as int64")
+load_i8 = _loader(I8, types.int64, ir.IRBuilder.sext, "int8 at address, as int64")
 load_f32 = _loader(FLOAT, types.float32, None, "float32 at address")
-load_f16 = _loader(HALF, types.float32, "fpext", "float16 at address, as float32")
+load_f16 = _loader(HALF, types.float32, half_to_float, "float16 at address, as float32")
 store_i64 = _storer(I64, types.int64, None, "int64 to address")
-store_i32 = _storer(I32, types.int64, "trunc", "int64 to an int32 at address")
-store_i16 = _storer(I16, types.int64, "trunc", "int64 to an int16 at address")
-store_i8 = _storer(I8, types.int64, "trunc", "int64 to an int8 at address")
+store_i32 = _storer(I32, types.int64, ir.IRBuilder.trunc, "int64 to an int32 at address")
+store_i16 = _storer(I16, types.int64, ir.IRBuilder.trunc, "int64 to an int16 at address")
+store_i8 = _storer(I8, types.int64, ir.IRBuilder.trunc, "int64 to an int8 at address")
 store_f32 = _storer(FLOAT, types.float32, None, "float32 to address")
-store_f16 = _storer(HALF, types.float32, "fptrunc", "float32 to a float16 at address, to nearest even")
+store_f16 = _storer(HALF, types.float32, float_to_half, "float32 to a float16 at address, to nearest even")
 
 
 @intrinsic
@@ -85,11 +90,10 @@ def keep_apart(typingctx: Any) -> Any:
 
 @intrinsic
 def fma_f32(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c in float32 with one rounding."""
+    """a * b + c in float32, with one rounding where the CPU can."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        function_type = ir.FunctionType(FLOAT, [FLOAT] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.fma.f32"), args)
+        return multiply_add(builder, *args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
 

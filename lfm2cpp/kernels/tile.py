@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from .dot import dot_i8_value, dot_u7_value
+from .portable import half_to_float, multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import (
     F16_VECTOR,
@@ -27,7 +28,7 @@ from .simd.registers import (
     load_vector,
     store_vector,
 )
-from .vector import call_llvm, splat, vector_op
+from .vector import splat, vector_op
 
 int64 = types.int64
 VECTOR = 4 * W  # bytes of a vector
@@ -68,7 +69,7 @@ def _load_f32(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 def _load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.fpext(load_vector(builder, address, F16_VECTOR), F32_VECTOR)
+    return half_to_float(builder, load_vector(builder, address, F16_VECTOR), F32_VECTOR)
 
 
 def _load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -103,9 +104,6 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def broadcast(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, element: ir.Type) -> list[ir.Value]:
         tokens = [load_vector(builder, _at_token(builder, base, stride, t), element) for t in range(n_tokens)]
         return [splat(builder, token, W) for token in tokens]
-
-    def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        return call_llvm(builder, f"llvm.fma.v{W}f32", F32_VECTOR, a, b, c)
 
     def outer(builder: ir.IRBuilder, acc: ir.Value, rows: Any, tokens: Any, combine: Any) -> ir.Value:
         values = unpack(builder, acc)

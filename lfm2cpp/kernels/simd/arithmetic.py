@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from ..portable import multiply_add
 from ..scalar import I32
 from ..vector import call_llvm, constant, splat, vector_op
 from .registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, float32, i32, int64, load_vector
@@ -35,8 +36,8 @@ def splat_4_bytes(builder, address):
 
 @vector_op(f32, f32, f32, f32)
 def fma(builder, a, b, c):
-    """a * b + c with one rounding"""
-    return call_llvm(builder, f"llvm.fma.v{W}f32", F32_VECTOR, a, b, c)
+    """a * b + c, with one rounding where the CPU can"""
+    return multiply_add(builder, a, b, c)
 
 
 @vector_op(f32, f32, f32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from ..portable import half_to_float
 from ..scalar import FLOAT, HALF, I16, I32, I64
 from ..vector import shuffle, splat, vector_op
 from .registers import (
@@ -60,7 +61,7 @@ def repeat_f16(builder, address, stride):
     """Lane i is the float16 at address + (i // 8) * stride, as float32"""
     parts = []
     for i in range(-(-W // 8)):
-        value = builder.fpext(load_vector(builder, offset(builder, address, (i, stride)), HALF), FLOAT)
+        value = half_to_float(builder, load_vector(builder, offset(builder, address, (i, stride)), HALF), FLOAT)
         parts.append(splat(builder, value, min(W, 8)))
     return side_by_side(builder, parts)
 
@@ -79,7 +80,7 @@ def make_gather_f16(stride):
             low = load_vector(builder, builder.add(address, ir.Constant(I64, start)), words)
             high = load_vector(builder, builder.add(address, ir.Constant(I64, start + 64)), words)
             eights.append(shuffle(builder, low, high, lanes))
-        return builder.fpext(builder.bitcast(side_by_side(builder, eights), F16_VECTOR), F32_VECTOR)
+        return half_to_float(builder, builder.bitcast(side_by_side(builder, eights), F16_VECTOR), F32_VECTOR)
 
     return gather
 
@@ -89,7 +90,7 @@ def _gather_f16(builder, address, stride):
     for i in range(W):
         where = offset(builder, address, (i, stride))
         values = builder.insert_element(values, load_vector(builder, where, I16), ir.Constant(I32, i))
-    return builder.fpext(builder.bitcast(values, F16_VECTOR), F32_VECTOR)
+    return half_to_float(builder, builder.bitcast(values, F16_VECTOR), F32_VECTOR)
 
 
 @vector_op(f32, int64, int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
+from ..portable import float_to_half, half_to_float
 from ..scalar import I32
 from ..vector import call_llvm, constant, vector_op
 from .registers import (
@@ -62,13 +63,13 @@ def store_bytes(builder, address, value):
 @vector_op(f32, int64)
 def load_f16(builder, address):
     """W float16 at address, as float32"""
-    return builder.fpext(load_vector(builder, address, F16_VECTOR), F32_VECTOR)
+    return half_to_float(builder, load_vector(builder, address, F16_VECTOR), F32_VECTOR)
 
 
 @vector_op(types.void, int64, f32)
 def store_f16(builder, address, value):
     """W float32 to float16 at address, to nearest even"""
-    store_vector(builder, address, builder.fptrunc(value, F16_VECTOR))
+    store_vector(builder, address, float_to_half(builder, value, F16_VECTOR))
 
 
 @vector_op(f32, int64)
