@@ -10,7 +10,7 @@ from typing import Any
 
 from .compiler import device, kernel
 from .mul_mat import PREFETCH, rows_of_chunk, store_rows
-from .scalar import atomic_add, load_i64, load_u8, store_i8
+from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, fma, load_f32, prefetch, splat_f32, store_f32, transpose_square
@@ -19,6 +19,7 @@ from .weights import floats
 
 RUN = 2 * W  # columns that advance both chains of every lane by one
 SMALL_TILE = 2
+UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
 
 
 @device
@@ -81,6 +82,7 @@ def make_decode(weights: floats.FloatWeights) -> Any:
 
     @device
     def decode_rows(w, n_rows, n, x, out, add, first, last, scratch):
+        keep_apart()
         lanes = scratch + RUN * 8
         columns = lanes + 4 * W * W
         for row in range(first, last, W):
@@ -110,6 +112,7 @@ def make_unpack(weights: floats.FloatWeights) -> Any:
 
     @device
     def unpack_panel(w, n, panel, square):
+        keep_apart()
         runs = runs_of(n)
         columns = square + 4 * W * (W + 1)
         for m in range(runs):
@@ -131,12 +134,16 @@ def make_run_tile(n_tokens: int) -> Any:
     @device
     def run_chain(panel, x, runs, stride):
         f = zero(0)
-        for m in range(runs):
+        for m in range(0, runs - UNROLL + 1, UNROLL):
+            for i in range(UNROLL):
+                f = step(f, panel + (m + i) * 8 * W, x + 4 * (m + i), stride)
+        for m in range(runs // UNROLL * UNROLL, runs):
             f = step(f, panel + m * 8 * W, x + 4 * m, stride)
         return f
 
     @device
     def run_tile(panel, x, n, stride, totals):
+        keep_apart()
         runs = runs_of(n)
         for i in range(2 * n_tokens):
             store_f32(totals + i * 4 * W, splat_f32(0.0))
