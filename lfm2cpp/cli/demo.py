@@ -25,12 +25,12 @@ HEADER = ("file", "size", "bits/weight", "tok/s", "error vs HF", "limit", "exact
 @click.option("-t", "--threads", type=click.IntRange(min=-1, max=1024), default=-1, metavar="N",
               help="CPU threads; -1: one a core.", show_default=True)
 @click.option("--chat/--no-chat", "wants_chat", default=None,
-              help="Open the chat at the end, or ask a few prepared questions. Default: chat on a terminal.")  # fmt: skip
+              help="Chat at the end, or ask a few prepared questions. Default: chat on a terminal.")
 def demo(folder: Path | None, threads: int, wants_chat: bool | None) -> int:
     """Convert, quantize, check and chat with the model that comes along.
 
-    It can add and subtract numbers below 100, answer questions on a few facts, sort or reverse words, and remember
-    a name and a number.
+    It adds and subtracts numbers below 100, knows a few facts, sorts and reverses words, and remembers a name and
+    a number. Exit code 3: a file's logits are too far from transformers'.
     """
     from lfm2cpp.demo import demo as chain
 
@@ -59,7 +59,7 @@ def _say(text: str) -> None:
 
 def _writable_folder(folder: Path | None, cleanup: ExitStack) -> Path:
     """The folder asked for, or the cache, or one that goes away at the end when the cache cannot be written."""
-    from lfm2cpp.kernels.library import cache_root
+    from lfm2cpp.kernels.cache import cache_root
 
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

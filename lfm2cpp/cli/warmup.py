@@ -20,7 +20,8 @@ def warmup(model: Path | None, kv_type: str) -> None:
     Exit 1 when the kernels cannot be kept.
     """
     from lfm2cpp.benchmark.machine import folder_is_writable
-    from lfm2cpp.kernels.library import KernelCache, library
+    from lfm2cpp.kernels.cache import KernelCache
+    from lfm2cpp.kernels.library import library
 
     began = time.perf_counter()
     cache = KernelCache()

@@ -26,7 +26,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from . import level
-from .library import Compiled
+from .cache import Compiled
 from .scalar import f32_of_bits, load_i64
 
 F32 = numba.float32  # annotation of a float parameter
