@@ -22,7 +22,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from bench_convert import SHAPES, make_checkpoint  # noqa: E402
 from peer import OURS, ROOT, whole_process  # noqa: E402
-from report import load_results, save_part, write_report  # noqa: E402
+from report import HERE, load_results, save_part, write_report  # noqa: E402
 
 
 def compare(step: str, ours: list[str], theirs: list[str], outputs: tuple[Path, Path], rounds: int) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dir", type=Path, default=ROOT / "bench-data")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json, results.md and the pictures")
     args = parser.parse_args()
     if not args.llama_quantize and not args.llama_convert:
         parser.error("give --llama-quantize, --llama-convert or both")
     rows = [row for shape in args.shapes for row in steps(args, shape)]
-    results = load_results()
-    save_part(results, "files", rows, rounds=args.rounds)
-    write_report()
+    save_part(args.out, load_results(args.out), "files", rows, rounds=args.rounds)
+    write_report(args.out)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from lfm2cpp.benchmark.report import build_commit  # noqa: E402
 
 LOAD_AVERAGE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before anything is measured
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results.json"
-REPORT = HERE / "results.md"
 
 TITLES = {
     "decode": "Decode: one token after the other",
@@ -37,14 +35,14 @@ TITLES = {
 COMPARED = ("decode", "prefill", "depth", "batched", "load", "custom")
 
 
-def load_results() -> dict[str, Any]:
+def load_results(folder: Path) -> dict[str, Any]:
     """What was measured so far."""
-    if RESULTS.exists():
-        return json.loads(RESULTS.read_text())
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text())
     return {"machine": {}, "opponent": {}, "parts": {}}
 
 
-def save_part(results: dict[str, Any], part: str, rows: list[dict[str, Any]], *, rounds: int) -> None:
+def save_part(folder: Path, results: dict[str, Any], part: str, rows: list[dict[str, Any]], *, rounds: int) -> None:
     """Put a part's rows into results.json, with when, on what and how they were measured."""
     results["parts"][part] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -55,7 +53,7 @@ def save_part(results: dict[str, Any], part: str, rows: list[dict[str, Any]], *,
         "rows": rows,
     }
     results["machine"] = _machine()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _machine() -> dict[str, Any]:
@@ -71,12 +69,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def write_report() -> None:
+def write_report(folder: Path) -> None:
     """results.md from results.json, and the pictures when they can be drawn."""
-    results = load_results()
-    names = draw_pictures(results)
-    REPORT.write_text("\n".join(report_lines(results, names)) + "\n")
-    print(f"wrote {REPORT.name}" + "".join(f", {name}" for name in names), flush=True)
+    results = load_results(folder)
+    names = draw_pictures(folder, results)
+    (folder / "results.md").write_text("\n".join(report_lines(results, names)) + "\n")
+    print(f"wrote {folder / 'results.md'}" + "".join(f", {name}" for name in names), flush=True)
 
 
 # --- tables
@@ -197,19 +195,19 @@ def _range(row: dict[str, Any]) -> str:
 # --- pictures
 
 
-def draw_pictures(results: dict[str, Any]) -> list[str]:
+def draw_pictures(folder: Path, results: dict[str, Any]) -> list[str]:
     """The names of the files drawn, in the order they are shown."""
     try:
         import matplotlib
     except ImportError:
         print('no pictures: matplotlib is missing; pip install "lfm2cpp[bench]"', flush=True)
-        return [name for name in ("ratios.png", "depth.png", "roofline.png") if (HERE / name).exists()]
+        return [name for name in ("ratios.png", "depth.png", "roofline.png") if (folder / name).exists()]
     matplotlib.use("Agg")
     drawn = []
     for name, draw in (("ratios.png", _draw_ratios), ("depth.png", _draw_depth), ("roofline.png", _draw_roofline)):
         figure = draw(results["parts"])
         if figure is not None:
-            figure.savefig(HERE / name, dpi=110, bbox_inches="tight")
+            figure.savefig(folder / name, dpi=110, bbox_inches="tight")
             drawn.append(name)
     return drawn
 
@@ -288,4 +286,4 @@ def _draw_roofline(parts: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    write_report()
+    write_report(HERE)

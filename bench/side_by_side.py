@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from peer import OURS, ROOT, BatchedCase, Case, batched_speeds, output_of, speeds, whole_process  # noqa: E402
-from report import load_results, save_part, write_report  # noqa: E402
+from report import HERE, load_results, save_part, write_report  # noqa: E402
 
 from lfm2cpp.benchmark.random_model import write_random_model  # noqa: E402
 from lfm2cpp.benchmark.ranges import parse_range  # noqa: E402
@@ -46,7 +46,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.llama_bench = [str(args.llama_bench)]
-        self.results = load_results()
+        self.results = load_results(args.out)
         args.models.mkdir(parents=True, exist_ok=True)
 
     def model(self, shape: str, file_type: str) -> Path:
@@ -61,7 +61,7 @@ class Comparison:
     def save(self, part: str, rows: list[dict[str, Any]]) -> None:
         """Keep a part's rows, with what they were measured on."""
         self.results["opponent"] = self.opponent()
-        save_part(self.results, part, rows, rounds=self.args.rounds)
+        save_part(self.args.out, self.results, part, rows, rounds=self.args.rounds)
 
     def opponent(self) -> dict[str, str]:
         tiny = self.model("350M,n_layer=2,attention=1,n_embd=64,n_head_kv=1,n_ff=64,n_vocab=512", "F32")
@@ -265,6 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-p", "--prompt", type=parse_range, default=[], help="part custom: as in bench")
     parser.add_argument("-n", "--gen", type=parse_range, default=[], help="part custom: as in bench")
     parser.add_argument("-d", "--depth", type=parse_range, default=[0], help="part custom: as in bench")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json, results.md and the pictures")
     parser.add_argument("--note", default="", help="said about the opponent's build in the report")
     args = parser.parse_args()
     for part in args.part.split(","):
@@ -282,7 +283,7 @@ def main() -> None:
     for part in args.part.split(","):
         print(f"\n{part}", flush=True)
         comparison.save(part, list(globals()[part](comparison)))
-        write_report()
+        write_report(args.out)
 
 
 if __name__ == "__main__":
