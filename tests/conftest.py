@@ -1,8 +1,22 @@
-"""Settings of the whole suite that must come before NumPy is imported."""
+"""Settings of the whole suite: what must come before NumPy is imported, and kernels compiled before anything is timed."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 # The matrices of the tests are tiny: BLAS threads would wait for each other longer than they compute.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels() -> None:
+    """Every kernel in the cache, once, so that no test waits for a compilation in a terminal or against a deadline."""
+    command = [sys.executable, "-m", "lfm2cpp", "warmup"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
