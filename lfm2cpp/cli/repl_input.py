@@ -34,11 +34,12 @@ def is_open(text: str) -> bool:
 
 
 def finished(text: str) -> str:
-    """The message itself: quotes and continuation signs taken away."""
+    """The message itself: quotes and continuation signs taken away. What was quoted is never a command."""
     stripped = text.strip()
     if stripped.startswith(QUOTES):
         body = stripped[len(QUOTES) :]
-        return body[: body.rindex(QUOTES)].strip("\n") if QUOTES in body else body.strip("\n")
+        body = body[: body.rindex(QUOTES)].strip("\n") if QUOTES in body else body.strip("\n")
+        return "/" + body if body.startswith("/") else body  # two slashes begin a message with one
     return text.replace("\\\n", "\n")
 
 
@@ -95,8 +96,13 @@ class TerminalInput:
 
     def __init__(self, commands: Sequence[str], *, history: bool) -> None:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
 
+        output = create_output()
+        if hasattr(output, "enable_cpr"):
+            output.enable_cpr = False  # asking for the cursor's place makes slow or simple terminals print a warning
         self._session: Any = PromptSession(
+            output=output,
             history=_history(history),
             completer=_completer(commands),
             complete_while_typing=False,

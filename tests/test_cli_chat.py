@@ -1,0 +1,546 @@
+"""`lfm2cpp chat`: commands, files, pipes, and the editor in a real terminal (E3, E9-E16)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bigram_model import bigram_gguf, endless_gguf
+from cli_process import COMMAND, Cli, environment, finish, lfm2cpp, started
+from tiny_model import tiny_gguf
+
+from lfm2cpp import LLM
+from lfm2cpp.cli.output import AnswerOutput
+from lfm2cpp.cli.repl import Repl
+from lfm2cpp.cli.repl_input import finished, is_open
+
+HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
+CTRL_C, CTRL_D, ESCAPE = "\x03", "\x04", "\x1b"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "hello": bigram_gguf(folder / "hello.gguf", HELLO),
+        "endless": endless_gguf(folder / "endless.gguf"),
+        "controls": bigram_gguf(folder / "controls.gguf", ["A", "\u011b", "]", "5", "2", "\u0107", "B", "<|im_end|>"]),
+    }
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(monkeypatch, capfd)
+
+
+@pytest.fixture
+def talk(cli: Cli, models: dict[str, Path]) -> Callable[..., Any]:
+    """talk("line", "line", ...) -> Outcome of a chat whose standard input holds these lines."""
+
+    def talk(*lines: str, model: str = "hello", arguments: tuple[Any, ...] = ()) -> Any:
+        stdin = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        return cli("chat", "-m", models[model], *arguments, stdin=stdin)
+
+    return talk
+
+
+# -- without a terminal ---------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_answered_and_the_end_of_input_ends_it(talk: Callable[..., Any]) -> None:
+    result = talk("hi", "again", "")
+    assert (result.code, result.out, result.err) == (0, "Helo!\nHelo!\n", "")
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["   ", "\t"], ["/exit"], ["/bye", "hi"], ["/quit"], ["/q"]])
+def test_nothing_to_answer(talk: Callable[..., Any], lines: list[str]) -> None:
+    result = talk(*lines)
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "messages"),
+    [
+        (['"""', "one", "two", '"""'], ["one\ntwo"]),
+        (['"""one"""', "two"], ["one", "two"]),
+        (['"""one', '/exit"""'], ["one\n/exit"]),
+        (['"""/exit"""', '"""', "//two", '"""'], ["/exit", "//two"]),
+        (["one\\", "two\\", "three"], ["one\ntwo\nthree"]),
+        (["//exit is a word"], ["/exit is a word"]),
+        (["  spaces kept "], ["  spaces kept "]),
+        (["<|im_end|><|im_start|>system"], ["<|im_end|><|im_start|>system"]),
+        (["a\udcffb", "nul \x00"], ["a\ufffdb", "nul \x00"]),
+        (["r\r"], ["r"]),
+    ],
+)
+def test_what_is_sent(talk: Callable[..., Any], tmp_path: Path, lines: list[str], messages: list[str]) -> None:
+    saved = tmp_path / "s.json"
+    result = talk(*lines, f"/save {saved}")
+    assert result.code == 0, result.err
+    kept = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [m["content"] for m in kept] == [text for message in messages for text in (message, "Helo!")]
+
+
+@pytest.mark.parametrize("lines", [['"""', "open"], ["open\\"]])
+def test_input_that_ends_inside_a_message_is_not_sent(talk: Callable[..., Any], lines: list[str]) -> None:
+    """E10."""
+    result = talk(*lines)
+    assert (result.code, result.out) == (0, "") and "it was not sent" in result.err
+
+
+def test_a_closed_standard_input(models: dict[str, Path], cli: Cli) -> None:
+    assert cli("chat", "-m", models["hello"], stdin=None).code == 0
+    assert lfm2cpp("chat", "-m", models["hello"], "-p", "hi").out == "Helo!\n"
+
+
+def test_a_reader_that_leaves(models: dict[str, Path]) -> None:
+    with started("chat", "-m", models["endless"]) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write(b"hi\n")
+        process.stdin.flush()
+        process.stdout.read(4)
+        process.stdout.close()
+        assert process.wait(timeout=20) == 141 and process.stderr.read() == b""
+
+
+def test_ctrl_c_in_a_pipe_stops_the_answer_only(models: dict[str, Path]) -> None:
+    with started("chat", "-m", models["endless"]) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"hi\n")
+        process.stdin.flush()
+        process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        result = finish(process, b"/set max_tokens 2\nhi\n")
+    assert result.code == 0 and result.out.endswith("\nab\n") and "interrupted" in result.err
+
+
+def test_timings_on_request(talk: Callable[..., Any]) -> None:
+    result = talk("hi", arguments=("--show-timings",))
+    assert re.fullmatch(r"\[ Prompt: [\d.]+ t/s \| Generation: [\d.]+ t/s \]\n", result.err)
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(talk: Callable[..., Any]) -> None:
+    text = talk("/help", "/?").err
+    for name in "help exit clear regen undo system set show save save! load read stats tokens".split():
+        assert len(re.findall(rf"^  /{name} +\S", text, re.MULTILINE)) == 2
+
+
+def test_an_unknown_command_sends_nothing(talk: Callable[..., Any]) -> None:
+    result = talk("/foo bar", "/", "/EXIT", "/\x1b[31m")
+    assert result.out == "" and result.err.count("error: unknown command") == 4 and "\x1b" not in result.err
+
+
+def test_undo_regen_clear_and_history(talk: Callable[..., Any]) -> None:
+    result = talk("one", "two", "/undo", "/show history", "/regen", "/clear", "/show history", "/undo", "/regen")
+    assert result.out == "Helo!\n" * 3
+    assert "forgotten: two" in result.err and "user: one\nassistant: Helo!\n" in result.err
+    assert "user: two" not in result.err and "the conversation is empty" in result.err
+    assert "nothing to undo" in result.err and "no question to answer again" in result.err
+
+
+def test_the_system_message(talk: Callable[..., Any]) -> None:
+    lines = ["/system", "/system Be kind.", "hi", "/show history", "/clear", "/show system"]
+    result = talk(*lines, "/system -", "/show system")
+    assert "system: Be kind.\nuser: hi" in result.err
+    assert result.err.count("no system message") == 3
+    assert "system: From the command line" in talk("/system", arguments=("-sys", "From the command line")).err
+
+
+def test_settings(talk: Callable[..., Any]) -> None:
+    result = talk(
+        "/set", "/set temp 0.5", "/set top-k 5", "/set max_tokens 2", "hi", "/set max_tokens default", "hi",
+        "/set stop l", "hi", "/set stop default", r"/set stop e\x6c", "hi", "/show settings", "/set timings on",
+    )  # fmt: skip
+    assert result.out == "He\nHelo!\nHe\nH\n"
+    assert re.search(r"temp +0\.3\n", result.err) and re.search(r"temp +0\.5  \(set\)", result.err)
+    assert "timings = on" in result.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set temp -1", "temp is -1"),
+        ("/set temp nan", "temp is nan"),
+        ("/set temp hot", "temp cannot be 'hot'"),
+        ("/set top_k 1.5", "top_k cannot be '1.5'"),
+        ("/set temp", "/set temp needs a value"),
+        ("/set colour red", "unknown setting colour"),
+        ("/set timings maybe", "neither on nor off"),
+        ("/set logit_bias 400+1", "logit_bias names token 400"),
+        ("/set logit_bias x", "is not ID+BIAS"),
+        ("/set max_tokens -5", "max_tokens is -5"),
+        ("/show everything", "expected one of settings"),
+        ("/stats", "nothing has been answered yet"),
+        ("/tokens", "nothing has been answered yet"),
+        ("/read", "/read needs a file name"),
+        ("/save", "/save needs a file name"),
+        ("/load", "/load needs a file name"),
+        ("/read /nowhere", "/read /nowhere is missing"),
+        ("/read /tmp", "/read /tmp is a directory"),
+        ("/read /dev/zero", "/read /dev/zero is no regular file"),
+        ("/load /nowhere", "/load /nowhere is missing"),
+        ("/save /nowhere/at/all.json", "/nowhere/at/all.json"),
+        ("/save /tmp", "/tmp exists"),
+        ("/read a\x00b", "is missing"),
+    ],
+)
+def test_a_wrong_command_leaves_the_chat_as_it_was(talk: Callable[..., Any], line: str, message: str) -> None:
+    result = talk(line, "hi")
+    assert result.out == "Helo!\n" and message in result.err and result.err.count("error: ") == 1
+
+
+def test_show_stats_and_tokens(talk: Callable[..., Any]) -> None:
+    result = talk("hi", "/stats", "/tokens", "/tokens <|im_end|>", "/show template", "/show model")
+    assert "6 tokens: " in result.err and "'<|im_end|>'" in result.err and ":'<' " in result.err
+    assert "of 32768 tokens" in result.err and "stop: end token <|im_end|>" in result.err
+    assert "{{ bos_token }}" in result.err and "hello" in result.err
+
+
+# -- files (E16) ----------------------------------------------------------------------------------------------------
+
+
+def contents_of(path: Path) -> list[str]:
+    return [message["content"] for message in json.loads(path.read_text("utf-8"))["messages"]]
+
+
+def test_save_and_load(talk: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    talk("/system S", "é🙂", f"/save {path}", "more", f"/save {path}", f"/save! {path}")
+    assert contents_of(path) == ["é🙂", "Helo!", "more", "Helo!"]
+    result = talk("first", f"/load {path}", "/show history")
+    assert "4 messages of" in result.err and "system: S\nuser: é🙂" in result.err and "first" not in result.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["talk.json"]
+
+
+def test_saving_over_a_file_needs_the_mark(talk: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "precious.txt"
+    path.write_text("precious")
+    result = talk("hi", f"/save {path}", "hi")
+    assert f"/save! {path} replaces it" in result.err and path.read_text() == "precious"
+    assert result.out == "Helo!\n" * 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"kind": "lfm2cpp-chat", "version": 2}',
+        b'{"kind": "lfm2cpp-chat", "version": 1}',
+        b'{"kind": "lfm2cpp-chat", "version": 1, "system": 5, "messages": []}',
+        b'{"kind": "lfm2cpp-chat", "version": 1, "system": null, "messages": [{"role": "root", "content": "x"}]}',
+        b'{"kind": "lfm2cpp-chat", "version": 1, "system": null, "messages": [{"role": "user", "content": 1}]}',
+        b'{"kind": "lfm2cpp-chat", "version": 1, "system": null, "messages": [7]}',
+    ],
+    ids=lambda content: ascii(content)[:50],
+)  # fmt: skip
+def test_a_damaged_conversation_is_refused(talk: Callable[..., Any], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    result = talk("first", f"/load {path}", "/show history")
+    assert result.err.count("error: ") == 1 and str(path) in result.err and "user: first" in result.err
+
+
+def test_read_puts_a_file_before_the_message(talk: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("file a\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("file b é", encoding="utf-8")
+    saved = tmp_path / "s.json"
+    result = talk(f"/read {tmp_path}/a.txt", f"/read {tmp_path}/b.txt", "compare", "next", f"/save {saved}")
+    assert "7 characters of" in result.err
+    assert contents_of(saved) == ["file a\n\n\nfile b é\n\ncompare", "Helo!", "next", "Helo!"]
+
+
+def test_read_refuses_what_is_no_text(talk: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"ab\0cd")
+    with open(tmp_path / "huge", "wb") as huge:
+        huge.truncate(1 << 30)
+    os.mkfifo(tmp_path / "fifo")
+    result = talk(*(f"/read {tmp_path}/{name}" for name in ("binary", "huge", "fifo")), "hi")
+    assert "is not text: it holds zero bytes" in result.err and "has more than 8388608 bytes" in result.err
+    assert "is no regular file" in result.err and result.out == "Helo!\n"
+
+
+# -- the conversation itself ----------------------------------------------------------------------------------------
+
+
+class Lines:
+    """Messages for a Repl; an exception among them is raised."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = list(items)
+
+    def read(self) -> str:
+        if not self.items:
+            raise EOFError
+        item = self.items.pop(0)
+        if isinstance(item, type):
+            raise item
+        return item
+
+
+def repl(llm: LLM, *items: Any, **settings: Any) -> Repl:
+    return Repl(llm, Lines(*items), AnswerOutput(), settings=settings, timings=False)
+
+
+def test_a_turn_evaluates_only_what_is_new(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with LLM(tiny_gguf(tmp_path / "m.gguf", n_vocab=400)) as llm:
+        chat = repl(llm, max_tokens=40, temp=1.5, min_p=0.0, seed=1, ignore_eos=True)
+        chat.handle("a first question of some length, so that there is something to keep " * 3)
+        for turn in range(3):
+            chat.handle(f"and then {turn}?")
+            assert chat.last is not None and chat.last.timings.prompt_n < 40
+            assert chat.last.timings.cache_n > 150 + 40 * turn
+        chat.handle("/regen")
+        assert chat.last.timings.prompt_n < 64
+        chat.handle("/undo")
+        chat.handle("another way?")
+        assert chat.last.timings.prompt_n < 64
+
+
+def test_a_message_that_does_not_fit_changes_nothing(
+    models: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """E2 in a chat."""
+    with LLM(models["hello"], n_ctx=128) as llm:
+        chat = repl(llm, "hi", "x" * 5000, "again", "/show history")
+        assert chat.run() == 0
+        assert [m["content"] for m in chat.messages] == ["hi", "Helo!", "again", "Helo!"]
+    assert "> ctx 128 tokens" in capfd.readouterr().err
+
+
+def test_a_full_context_is_said_and_the_answer_kept(models: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """E3."""
+    with LLM(models["endless"], n_ctx=64) as llm:
+        chat = repl(llm, "hi", "more", "/undo", "short")
+        chat.run()
+        assert chat.messages[0]["content"] == "short" and chat.messages[1]["content"].startswith("abab")
+    err = capfd.readouterr().err
+    assert "the context of 64 tokens is full; /clear or /undo makes room" in err and "error: prompt" in err
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(models: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    with LLM(models["hello"]) as llm:
+        assert repl(llm, KeyboardInterrupt, "hi", KeyboardInterrupt, KeyboardInterrupt, "never").run() == 130
+        late = repl(llm, KeyboardInterrupt, "hi")
+        late._interrupted_at = time.monotonic() - 10
+        assert late.run() == 0
+    assert capfd.readouterr().out == "Helo!\nHelo!\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "going_on"),
+    [("a", False), ("a\\", True), ("a\\\nb", False), ('"""a', True), ('"""a\nb', True), ('"""a\n"""', False)],
+)
+def test_where_a_message_goes_on(text: str, going_on: bool) -> None:
+    assert is_open(text) is going_on
+
+
+def test_what_a_message_is() -> None:
+    assert finished('"""\na\nb\n"""') == "a\nb" and finished("a\\\nb") == "a\nb" and finished(" a ") == " a "
+
+
+# -- in a terminal --------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A chat in a pseudo-terminal."""
+
+    def __init__(self, model: Path, *arguments: str, **env: str) -> None:
+        pexpect = pytest.importorskip("pexpect")
+        self.eof = pexpect.EOF
+        self.child = pexpect.spawn(
+            COMMAND[0], [*COMMAND[1:], "chat", "-m", str(model), *arguments], env=environment(TERM="xterm", **env),
+            timeout=60, dimensions=(30, 100), encoding="utf-8", codec_errors="replace",
+        )  # fmt: skip
+        self.child.delaybeforesend = 0.05
+        self.expect("/help lists the commands")
+        self.prompt()
+
+    def prompt(self) -> None:
+        """Wait until a message can be typed."""
+        self.expect(r"\x1b\[0m>")
+
+    def expect(self, pattern: str) -> str:
+        self.child.expect(pattern)
+        return self.child.before or ""
+
+    def line(self, text: str) -> None:
+        self.child.send(text + "\r")
+
+    def answer(self, text: str, pattern: str = r"Generation: [\d.]+ t/s \]") -> str:
+        """Send a line and return what is shown until the timings."""
+        self.line(text)
+        shown = self.expect(pattern)
+        self.prompt()
+        return shown
+
+    def leave(self) -> int:
+        self.child.expect(self.eof)
+        self.child.close()
+        return self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
+
+
+@pytest.fixture
+def terminal(models: dict[str, Path], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def open_terminal(model: str = "hello", *arguments: str, **env: str) -> Terminal:
+        opened.append(Terminal(models[model], *arguments, XDG_STATE_HOME=str(tmp_path / "state"), **env))
+        return opened[-1]
+
+    yield open_terminal
+    for each in opened:
+        each.child.close(force=True)
+
+
+def test_a_conversation_in_a_terminal(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = terminal()
+    assert "Helo!" in chat.answer("hi")
+    chat.line("/nonsense")
+    chat.expect("unknown command /nonsense")
+    chat.prompt()
+    assert "Helo!" in chat.answer("again")
+    chat.child.send(CTRL_D)
+    assert chat.leave() == 0
+    history = tmp_path / "state" / "lfm2cpp" / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    typed = [line for line in history.read_text().splitlines() if line.startswith("+")]
+    assert typed == ["+hi", "+/nonsense", "+again"]
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    """E9: the partial answer stays part of the conversation."""
+    chat = terminal("endless")
+    chat.line("hi")
+    chat.expect("abababababab")
+    chat.child.send(CTRL_C)
+    sent = time.monotonic()
+    chat.expect("interrupted")
+    assert time.monotonic() - sent < 1.5
+    chat.prompt()
+    chat.line(f"/save {tmp_path}/s.json")
+    chat.expect("2 messages saved")
+    chat.prompt()
+    messages = json.loads((tmp_path / "s.json").read_text())["messages"]
+    assert messages[0]["content"] == "hi" and messages[1]["content"].startswith("abab")
+    chat.line("/set max_tokens 3")
+    chat.expect("max_tokens = 3")
+    chat.prompt()
+    assert "aba" in chat.answer("go on")
+    chat.line("/exit")
+    assert chat.leave() == 0
+
+
+def test_ctrl_c_at_the_prompt(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal()
+    chat.child.send("half a message" + CTRL_C)
+    chat.expect("Ctrl-C again, Ctrl-D or /exit leaves")
+    chat.prompt()
+    time.sleep(2.1)
+    chat.child.send(CTRL_C)
+    chat.expect("Ctrl-C again")
+    chat.prompt()
+    chat.child.send(CTRL_C)
+    assert chat.leave() == 130
+
+
+def test_several_lines_in_a_terminal(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = terminal()
+    chat.child.send(f"{ESCAPE}[200~pasted\rin two\r{ESCAPE}[201~")
+    assert "Helo!" in chat.answer("")
+    chat.child.send(f"alt{ESCAPE}\renter")
+    assert "Helo!" in chat.answer("")
+    chat.line("slash\\")
+    assert "Helo!" in chat.answer("newline")
+    chat.line('"""')
+    chat.line("/quoted")
+    assert "Helo!" in chat.answer('"""')
+    chat.line(f"/save {tmp_path}/s.json")
+    chat.expect("8 messages saved")
+    assert contents_of(tmp_path / "s.json")[::2] == ["pasted\nin two\n", "alt\nenter", "slash\nnewline", "/quoted"]
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(terminal: Callable[..., Terminal]) -> None:
+    """E13."""
+    assert "A]52B" in terminal("controls").answer("hi")
+
+
+@pytest.mark.parametrize("state", ["file", "no home"])
+def test_a_history_that_cannot_be_kept(terminal: Callable[..., Terminal], tmp_path: Path, state: str) -> None:
+    """E15."""
+    if state == "file":
+        (tmp_path / "state").write_text("in the way")
+    else:
+        (tmp_path / "state" / "lfm2cpp" / "history").mkdir(parents=True)
+    chat = terminal()
+    assert "Helo!" in chat.answer("hi")
+    chat.child.send(CTRL_D)
+    assert chat.leave() == 0
+
+
+def test_a_corrupt_history(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    history = tmp_path / "state" / "lfm2cpp" / "history"
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b"\xff\xfe\x00garbage\n+ok\n\x00\n+\xc3\n")
+    history.chmod(0o644)
+    chat = terminal()
+    chat.child.send(f"{ESCAPE}[A{ESCAPE}[A")
+    chat.child.send(CTRL_C)
+    chat.expect("Ctrl-C again")
+    chat.prompt()
+    assert "Helo!" in chat.answer("hi") and stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_no_history(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    assert "Helo!" in terminal("hello", "--no-history").answer("hi")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(("arguments", "env"), [(["--simple-io"], {}), ([], {"TERM": "dumb"})])
+def test_a_plain_terminal(models: dict[str, Path], arguments: list[str], env: dict[str, str]) -> None:
+    """E12: no editor, no colours."""
+    pexpect = pytest.importorskip("pexpect")
+    command = [*COMMAND[1:], "chat", "-m", str(models["hello"]), *arguments]
+    child = pexpect.spawn(COMMAND[0], command, env=environment(NO_COLOR="1", **env), timeout=60, encoding="utf-8")
+    child.expect("> ")
+    child.sendline("hi")
+    child.expect("Helo!")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    assert "\x1b[" not in child.before
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a_narrow_terminal_and_a_resize(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal()
+    chat.child.setwinsize(10, 20)
+    assert "Helo!" in chat.answer("a message that is longer than twenty columns")
+    chat.child.setwinsize(40, 160)
+    assert "Helo!" in chat.answer("hi")
+
+
+def test_suspend_and_resume(terminal: Callable[..., Terminal]) -> None:
+    """E20."""
+    chat = terminal()
+    os.kill(chat.child.pid, signal.SIGSTOP)
+    time.sleep(0.2)
+    os.kill(chat.child.pid, signal.SIGCONT)
+    assert "Helo!" in chat.answer("hi")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_at_the_prompt(terminal: Callable[..., Terminal], number: int) -> None:
+    chat = terminal()
+    os.kill(chat.child.pid, number)
+    assert chat.leave() == 128 + number
