@@ -1,7 +1,7 @@
 """Time and memory of converting and quantizing beside llama.cpp's tools, whole processes in turn.
 
     python bench/convert_quantize.py 350M [--llama-quantize BUILD/bin/llama-quantize]
-        [--llama-convert "PYTHON .../convert_hf_to_gguf.py"] [--types Q4_0,Q8_0,Q6_K] [--rounds 3]
+        [--llama-convert LLAMA.CPP/convert_hf_to_gguf.py --llama-python PYTHON] [--types Q4_0,Q8_0,Q6_K] [--rounds 3]
 
 Checkpoints have random weights and a made-up vocabulary of the real size and are made once, below --dir. The numbers go
 to bench/results.json and into bench/results.md. Outputs of both sides are compared byte for byte on the way.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from bench_convert import SHAPES, make_checkpoint  # noqa: E402
 from peer import OURS, ROOT, whole_process  # noqa: E402
 from report import HERE, load_results, save_part, write_report  # noqa: E402
+
+# llama.cpp's converter knows tokenizers by a hash of what they make of a text, and refuses a made-up vocabulary.
+LLAMA_CONVERT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "lfm2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def compare(step: str, ours: list[str], theirs: list[str], outputs: tuple[Path, Path], rounds: int) -> dict[str, Any]:
@@ -57,7 +66,8 @@ def steps(args: argparse.Namespace, shape: str) -> Iterator[dict[str, Any]]:
         yield compare(
             f"{shape}: convert to BF16",
             [*OURS, "convert", str(checkpoint), "--force", *tail, str(outputs[0])],
-            [*shlex.split(args.llama_convert), str(checkpoint), *tail, str(outputs[1])], outputs, args.rounds,
+            [args.llama_python, "-c", LLAMA_CONVERT, str(args.llama_convert), str(checkpoint), *tail, str(outputs[1])],
+            outputs, args.rounds,
         )  # fmt: skip
     whole_process([*OURS, "convert", str(checkpoint), "--force", "--outtype", "bf16", "--outfile", str(source)])
     for name in args.types.split(",") if args.llama_quantize else ():
@@ -74,7 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--llama-quantize", type=Path)
-    parser.add_argument("--llama-convert", help="the command of llama.cpp's converter")
+    parser.add_argument("--llama-convert", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--llama-python", default=sys.executable, help="a Python that can run it")
     parser.add_argument("--types", default="Q4_0,Q8_0,Q6_K")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count() or 1)

@@ -49,11 +49,16 @@ def save_part(folder: Path, results: dict[str, Any], part: str, rows: list[dict[
         "commit": build_commit(),
         "load_average": LOAD_AVERAGE,
         "rounds": rounds,
-        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
         "rows": rows,
     }
     results["machine"] = _machine()
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _without_folder(argument: str) -> str:
+    """Where things lie on the machine that measured tells a reader nothing."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in argument.split(" "))
 
 
 def _machine() -> dict[str, Any]:
