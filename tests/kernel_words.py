@@ -1,0 +1,170 @@
+"""Kernels that do nothing but say one word of the SIMD vocabulary after another; test_kernels_words.py checks them.
+
+`x` points to inputs and `out` to where results go, ROW bytes each: inputs 0..9 are random, the sources of gathers lie at
+`far`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lfm2cpp.kernels import simd
+from lfm2cpp.kernels.compiler import kernel
+from lfm2cpp.kernels.dot import dot_i8, dot_u7
+from lfm2cpp.kernels.math import exp, silu
+from lfm2cpp.kernels.scalar import (
+    fma_f32,
+    load_f16,
+    load_f32,
+    load_i8,
+    load_i32,
+    load_i64,
+    load_u8,
+    load_u16,
+    round_to_i64,
+    store_f16,
+    store_f32,
+    store_i8,
+    store_i16,
+    store_i32,
+    store_i64,
+)
+from lfm2cpp.kernels.simd import W
+
+ROW = 256  # bytes: a vector of any level, and room behind it
+gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
+
+
+@kernel
+def float_words(x, out):
+    a, b, c = simd.load_f32(x), simd.load_f32(x + ROW), simd.load_f32(x + 2 * ROW)
+    n = simd.load_i32(x + 3 * ROW)
+    simd.store_f32(out, a + b)
+    simd.store_f32(out + ROW, a - b)
+    simd.store_f32(out + 2 * ROW, a * b)
+    simd.store_f32(out + 3 * ROW, a / b)
+    simd.store_f32(out + 4 * ROW, simd.fma(a, b, c))
+    simd.store_f32(out + 5 * ROW, simd.maximum(a, b))
+    simd.store_f32(out + 6 * ROW, simd.minimum(a, b))
+    simd.store_f32(out + 7 * ROW, simd.absolute(a))
+    simd.store_f32(out + 8 * ROW, simd.add_exponent(a, n))
+    simd.store_f32(out + 9 * ROW, simd.to_f32(n))
+    simd.store_i32(out + 10 * ROW, simd.round_to_i32(a))
+    simd.store_f32(out + 11 * ROW, simd.splat_f32(np.float32(1.5)))
+    simd.store_f32(out + 12 * ROW, simd.keep_first(a, 3, np.float32(-7.0)))
+    simd.store_f32(out + 13 * ROW, simd.keep_first(a, -5, np.float32(-7.0)))
+    simd.store_f32(out + 14 * ROW, simd.keep_first(a, 1000, np.float32(-7.0)))
+    store_f32(out + 15 * ROW, simd.sum_lanes(a))
+    store_f32(out + 16 * ROW, simd.max_lanes(a))
+    store_f32(out + 17 * ROW, fma_f32(np.float32(3.0), np.float32(0.1), np.float32(-0.3)))
+    simd.store_f32(out + 18 * ROW, simd.bits_to_f32(n))
+
+
+@kernel
+def int_words(x, out):
+    a, b = simd.load_i32(x), simd.load_i32(x + ROW)
+    c, d = simd.load_i32(x + 2 * ROW), simd.load_i32(x + 3 * ROW)
+    simd.store_i32(out, a + b)
+    simd.store_i32(out + ROW, a - b)
+    simd.store_i32(out + 2 * ROW, a * b)
+    simd.store_i32(out + 3 * ROW, a & b)
+    simd.store_i32(out + 4 * ROW, a | b)
+    simd.store_i32(out + 5 * ROW, a ^ b)
+    simd.store_i32(out + 6 * ROW, a >> 5)
+    simd.store_i32(out + 7 * ROW, a << 5)
+    simd.store_i32(out + 8 * ROW, simd.splat_i32(-3))
+    store_i64(out + 9 * ROW, simd.sum_lanes_i32(simd.load_i32(x + 4 * ROW)))
+    simd.store_i32(out + 10 * ROW, simd.sum_pieces(a, b, c, d))
+    small = simd.splat_i32(0xFFF)
+    offset = simd.splat_i32(0x800)
+    simd.store_i32(
+        out + 11 * ROW,
+        simd.sum_pieces_small((a & small) - offset, (b & small) - offset, (c & small) - offset, (d & small) - offset),
+    )
+    simd.store_i8(out + 12 * ROW, simd.load_i32(x + 4 * ROW))
+
+
+@kernel
+def byte_words(x, far, out):
+    a, b, c, d = (
+        simd.load_bytes(x), simd.load_bytes(x + ROW), simd.load_bytes(x + 2 * ROW), simd.load_bytes(x + 3 * ROW)
+    )  # fmt: skip
+    simd.store_bytes(out, a & b)
+    simd.store_bytes(out + ROW, simd.low_nibbles(a))
+    simd.store_bytes(out + 2 * ROW, simd.high_nibbles(a))
+    simd.store_bytes(out + 3 * ROW, simd.splat_u8(200))
+    simd.store_bytes(out + 4 * ROW, simd.splat_4_bytes(x + 5))
+    q = simd.transpose_4(a, b, c, d)
+    for j in range(4):
+        simd.store_bytes(out + (5 + j) * ROW, q[j])
+    simd.store_bytes(out + 9 * ROW, simd.gather_pieces(far + 3, 18))
+    simd.store_bytes(out + 10 * ROW, simd.gather_pieces_2(far + 5, 32, 210))
+    simd.store_i32(out + 11 * ROW, simd.gather_i8(far + 7, 2, 210))
+    simd.store_bytes(out + 12 * ROW, (a | b) ^ c)
+    simd.store_bytes(out + 13 * ROW, a >> 2)
+    simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
+    simd.prefetch(far + 1000000)  # wherever that is
+
+
+@kernel
+def dot_words(x, out):
+    acc, u = simd.load_i32(x), simd.load_bytes(x + ROW)
+    w, a = simd.load_bytes(x + 2 * ROW), simd.load_bytes(x + 3 * ROW)
+    simd.store_i32(out, dot_u7(acc, u, a))
+    simd.store_i32(out + ROW, dot_i8(acc, w, a))
+
+
+@kernel
+def half_words(x, out, n):
+    """float16 -> float32 of n values, and back; vectors first, then one by one"""
+    for i in range(0, n, W):
+        value = simd.load_f16(x + 2 * i)
+        simd.store_f32(out + 4 * i, value)
+    for i in range(n):
+        store_f32(out + 4 * (n + i), load_f16(x + 2 * i))
+
+
+@kernel
+def to_half_words(x, out, n):
+    for i in range(0, n, W):
+        simd.store_f16(out + 2 * i, simd.load_f32(x + 4 * i))
+    for i in range(n):
+        store_f16(out + 2 * (n + i), load_f32(x + 4 * i))
+
+
+@kernel
+def gather_words(far, out):
+    simd.store_f32(out, simd.gather_f16(far, 18))
+    simd.store_f32(out + ROW, simd.gather_f16(far + 2, 210))
+    simd.store_f32(out + 2 * ROW, gather_18(far))
+    simd.store_f32(out + 3 * ROW, gather_34(far))
+    simd.store_f32(out + 4 * ROW, simd.repeat_f16(far, 210))
+    simd.store_f32(out + 5 * ROW, simd.load_bf16(far))
+
+
+@kernel
+def square(source, destination, stride):
+    simd.transpose_square(source, destination, stride)
+
+
+@kernel
+def math_words(x, out, n):
+    for i in range(0, n, W):
+        value = simd.load_f32(x + 4 * i)
+        simd.store_f32(out + 4 * i, exp(value))
+        simd.store_f32(out + 4 * (n + i), silu(value))
+
+
+@kernel
+def scalar_words(x, out):
+    store_i64(out, load_i64(x))
+    store_i64(out + 8, load_i32(x))
+    store_i64(out + 16, load_u16(x))
+    store_i64(out + 24, load_u8(x))
+    store_i64(out + 32, load_i8(x))
+    store_i32(out + 40, load_i64(x))
+    store_i16(out + 44, load_i64(x))
+    store_i8(out + 46, load_i64(x))
+    store_i64(out + 48, round_to_i64(np.float32(2.5)))
+    store_i64(out + 56, round_to_i64(np.float32(-3.5)))
+    store_i64(out + 64, round_to_i64(np.float32(4194303.0)))

@@ -1,0 +1,312 @@
+"""Matrix products and quantized activations against float64, to the bit where a law asks for it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import gguf
+import numpy as np
+import pytest
+from kernel_calls import aligned, call, count, guarded, normal, relative_rms, rows_with_slack, same_bits, with_slack
+from numpy.typing import NDArray
+from tiny_model import encode, to_bf16
+
+from lfm2cpp.ggml import GGMLType
+from lfm2cpp.kernels import widths
+from lfm2cpp.kernels.widths import W
+
+BLOCK_TYPES = ["Q4_0", "Q4_1", "Q6_K", "Q8_0"]
+FLOAT_TYPES = ["F32", "F16", "BF16"]
+KERNEL_OF = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q6_K": "q6_K", "Q8_0": "q8_0", "F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+# Sums of a few hundred float32 products, added up in float32.
+MAX_SUM_ERROR = 3e-7
+# ggml's scheme, one scale in 127 steps for 32 values, costs 5.4e-3 on normal values; the choice of scale saves some.
+MAX_QUANTIZATION_ERROR = 5.2e-3
+
+# (rows, columns): whole groups of blocks and incomplete ones, whole panels and tails, a single row.
+SHAPES = [(1, 32), (3, 64), (16, 96), (33, 512), (40, 544), (64, 256), (2 * W + 1, 1056), (100, 32 * W)]
+FLOAT_SHAPES = [(1, 1), (2, 7), (5, 31), (16, 33), (33, 64), (47, 100), (64, 256), (2 * W + 1, 2 * W + 1), (100, 515)]
+
+
+class Weights:
+    """A matrix (n_rows, n) as stored, behind which there is nothing, and as float64."""
+
+    def __init__(self, name: str, n_rows: int, n: int, seed: int = 0) -> None:
+        self.kind, self.n_rows, self.n = GGMLType[name], n_rows, n
+        w = to_bf16(normal(n_rows, n, seed=seed))
+        data = w.view(np.uint8).reshape(n_rows, -1) if name == "F32" else encode(w, self.kind).reshape(n_rows, -1)
+        self.data = guarded(data)
+        self.float64 = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(self.kind)).reshape(n_rows, n).astype(np.float64)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.data.shape[1]
+
+
+@lru_cache(maxsize=None)
+def weights(name: str, n_rows: int, n: int) -> Weights:
+    return Weights(name, n_rows, n)
+
+
+def shapes_of(name: str) -> list[tuple[int, int]]:
+    if name in FLOAT_TYPES:
+        return FLOAT_SHAPES
+    return [(rows, n) for rows, n in SHAPES if n % 256 == 0] + [(7, 1280)] if name == "Q6_K" else SHAPES
+
+
+CASES = [(name, *shape) for name in BLOCK_TYPES + FLOAT_TYPES for shape in shapes_of(name)]
+
+
+def quantized(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.uint8]:
+    """Activation rows; the memory held something else before, but zeros where no block of the row lies."""
+    n_tokens, n = x.shape
+    act = aligned(widths.activation_nbytes(n) * (n_tokens + 8) + 4096)
+    call("ops:quantize_rows", nth=nth, x=np.ascontiguousarray(x), n=n, act=act, count=count(n_tokens))
+    return act
+
+
+def product(w: Weights, x: NDArray[np.float32], add: NDArray[np.float32] | None = None, nth: int = 1) -> NDArray[np.float32]:
+    """W x for each row of x, by the kernel of W's type."""
+    n_tokens, n = x.shape
+    out = guarded(np.full((n_tokens, w.n_rows), np.nan, np.float32))
+    common = {"w": w.data, "n_rows": w.n_rows, "n": n, "out": out, "add": 0 if add is None else add, "count": count(n_tokens)}
+    name = KERNEL_OF[w.kind.name]
+    if w.kind.name in BLOCK_TYPES:
+        call(f"mul_mat:mul_mat_{name}", nth=nth, act=quantized(x), row_bytes=w.row_bytes, **common)
+    else:
+        x = with_slack(x)
+        runs = -(-n // widths.PANEL_ROWS)
+        chained = rows_with_slack(n_tokens + 8, runs * widths.PANEL_ROWS)
+        call("mul_mat_float:chain_rows", x=x, n=n, chained=chained, count=count(n_tokens))
+        call(f"mul_mat_float:mul_mat_{name}", nth=nth, x=x, chained=chained, **common)
+    return out
+
+
+# Quantized activations
+
+
+def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """(integers (n_tokens, n), scales (n_tokens, n / 32)) of rows in the layout that activation.py describes."""
+    n_blocks, stride = n // 32, widths.activation_nbytes(n)
+    n_groups = -(-n_blocks // W)
+    qs, d = np.zeros((n_tokens, n), np.int8), np.zeros((n_tokens, n_blocks), np.float32)
+    for t in range(n_tokens):
+        row = act[t * stride : (t + 1) * stride]
+        for b in range(n_blocks):
+            if n_tokens == 1:
+                low = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16
+                high, place = low + 4 * W, b
+            else:
+                place = b % W * n_groups + b // W
+                low, high = 32 * place, 32 * place + 16
+            qs[t, 32 * b : 32 * b + 16] = row[low : low + 16].view(np.int8)
+            qs[t, 32 * b + 16 : 32 * b + 32] = row[high : high + 16].view(np.int8)
+            d[t, b] = row[n_groups * widths.ACT_D + 4 * place :][:4].view(np.float32)[0]
+    return qs, d
+
+
+def table(act: NDArray[np.uint8], n: int, offset: int) -> NDArray[np.int32]:
+    """A table of one activation row, as int32, in block order (the layout for one token)."""
+    n_groups = -(-(n // 32) // W)
+    return act[n_groups * offset :][: 4 * (n // 32)].view(np.int32)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n", [32, 96, 512, 544, 32 * W + 32])
+def test_quantized_activations(n: int, n_tokens: int) -> None:
+    """Integers are the nearest for the scale; the scale is the largest value's at 124 to 127 steps; errors are small."""
+    x = normal(n_tokens, n)
+    if n > 32:
+        x[0, :32] = 0
+    qs, d = unpack(quantized(x), n, n_tokens)
+    blocks = x.reshape(n_tokens, -1, 32).astype(np.float64)
+    largest = np.abs(blocks).max(-1)
+    assert np.array_equal(d == 0, largest == 0) and not qs.reshape(n_tokens, -1, 32)[d == 0].any()
+    steps = largest[d > 0] / d[d > 0]
+    assert np.all(np.abs(steps - np.rint(steps)) < 1e-3) and steps.min() > 123.9 and steps.max() < 127.1
+    with np.errstate(invalid="ignore"):
+        exact = blocks / d[:, :, None]
+    found = qs.reshape(n_tokens, -1, 32)
+    assert np.abs(np.nan_to_num(exact) - found).max() < 0.5001
+    assert relative_rms(found * d[:, :, None].astype(np.float64), blocks) < 1.4 * MAX_QUANTIZATION_ERROR  # of few values
+
+
+def test_the_scale_is_the_best_of_those_that_are_tried() -> None:
+    x = normal(1, 512, seed=3)
+    qs, d = unpack(quantized(x), 512, 1)
+    blocks = x.reshape(-1, 32).astype(np.float64)
+    errors = []
+    for steps in (127, 126, 125, 124):
+        scale = np.abs(blocks).max(-1, keepdims=True) / steps
+        errors.append(((blocks - np.rint(blocks / scale) * scale) ** 2).sum(-1))
+    found = ((blocks - qs.reshape(-1, 32) * d.reshape(-1, 1).astype(np.float64)) ** 2).sum(-1)
+    assert np.allclose(found, np.min(errors, axis=0), rtol=1e-4)
+
+
+def test_activations_of_one_token_and_of_more_are_the_same_numbers() -> None:
+    x = normal(5, 544)
+    together = unpack(quantized(x), 544, 5)
+    for t in range(5):
+        alone = unpack(quantized(x[t : t + 1]), 544, 1)
+        assert same_bits(alone[0][0], together[0][t]) and same_bits(alone[1][0], together[1][t])
+
+
+def test_what_follows_from_the_sums() -> None:
+    n = 544
+    act = quantized(normal(1, n))
+    qs, d = unpack(act, n, 1)
+    halves = qs.reshape(-1, 2, 16).astype(np.int64).sum(-1)
+    total = halves.sum(-1)
+    from lfm2cpp.kernels.dot import I8_BIAS
+
+    assert np.array_equal(table(act, n, widths.ACT_Z8), -8 * total)
+    assert np.array_equal(table(act, n, widths.ACT_Z128), -I8_BIAS * total)
+    assert np.array_equal(table(act, n, widths.ACT_Z32_LOW), -32 * halves[:, 0])
+    assert np.array_equal(table(act, n, widths.ACT_Z32_HIGH), -32 * halves[:, 1])
+    assert np.array_equal(table(act, n, widths.ACT_DS).view(np.float32), d[0] * total.astype(np.float32))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_threads_quantize_alike(n_tokens: int) -> None:
+    x = normal(n_tokens, 544)
+    assert same_bits(quantized(x, nth=3), quantized(x))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, 3e38, -65504.0])
+def test_activations_of_any_size(value: float) -> None:
+    """Ties, tiny and huge values: the integers stay within -127..127 and represent the values.
+
+    Below 4e-37 the inverse of the scale is infinite, and whatever comes out is as small.
+    """
+    x = np.full((1, 64), value, np.float32)
+    x[0, ::3] *= -1
+    x[0, 1::3] /= 2
+    qs, d = unpack(quantized(x), 64, 1)
+    assert qs.min() >= -127
+    with np.errstate(over="ignore"):
+        back = qs.astype(np.float32) * np.repeat(d, 32, axis=1)
+    assert np.abs(back.astype(np.float64) - x).max() <= abs(value) * (5e-3 if abs(value) > 1e-36 else 2)
+
+
+# Products
+
+
+@pytest.mark.parametrize(("name", "n_rows", "n"), CASES)
+def test_one_token(name: str, n_rows: int, n: int) -> None:
+    """Against float64 with the activations as quantized: only the float32 sums are left as an error."""
+    w, x = weights(name, n_rows, n), normal(1, n, seed=1)
+    exact_x = x.astype(np.float64)
+    if name in BLOCK_TYPES:
+        qs, d = unpack(quantized(x), n, 1)
+        exact_x = qs * np.repeat(d, 32, axis=1).astype(np.float64)
+    expected = exact_x @ w.float64.T
+    magnitude = np.sqrt((exact_x**2) @ (w.float64.T ** 2))  # what a sum without cancellation would be
+    assert np.abs(product(w, x) - expected).max() < 4 * MAX_SUM_ERROR * np.sqrt(n) * magnitude.max()
+    assert np.sqrt(np.mean((product(w, x) - expected) ** 2)) < MAX_SUM_ERROR * np.sqrt(np.mean(magnitude**2)) * 3
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_quantizing_the_activations_costs_little(name: str) -> None:
+    w, x = weights(name, 64, 1024), normal(6, 1024, seed=1)
+    assert relative_rms(product(w, x), x.astype(np.float64) @ w.float64.T) < 1.2 * MAX_QUANTIZATION_ERROR
+
+
+@pytest.mark.parametrize(("name", "n_rows", "n"), CASES)
+@pytest.mark.parametrize("n_tokens", [2, 3, 7, 13])
+def test_prefill_equals_decode(name: str, n_rows: int, n: int, n_tokens: int) -> None:
+    """To the bit, for every number of tokens that fills tiles or leaves a rest."""
+    w, x = weights(name, n_rows, n), normal(n_tokens, n, seed=2)
+    together = product(w, x)
+    assert same_bits(together, np.concatenate([product(w, x[t : t + 1]) for t in range(n_tokens)]))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
+def test_every_number_of_tokens(name: str) -> None:
+    w, x = weights(name, 40, 512), normal(14, 512, seed=2)
+    expected = product(w, x)
+    for n_tokens in range(1, 14):
+        assert same_bits(product(w, x[:n_tokens]), expected[:n_tokens])
+    assert product(w, x[:0]).shape == (0, 40)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("n_rows", [5, 64, 2 * W + 3])
+def test_a_residual_is_added_last(name: str, n_tokens: int, n_rows: int) -> None:
+    w, x = weights(name, n_rows, 256), normal(n_tokens, 256, seed=4)
+    residual = normal(n_tokens, n_rows, seed=5)
+    expected = product(w, x) + residual
+    assert same_bits(product(w, x, guarded(residual)), expected)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
+def test_a_residual_may_be_the_result(name: str) -> None:
+    """As in a plan: the sum takes the residual's place."""
+    w = weights(name, 40, 256)
+    for n_tokens in (1, 5):
+        x, residual = normal(n_tokens, 256, seed=4), normal(n_tokens, 40, seed=5)
+        expected = product(w, x) + residual
+        out = with_slack(residual)
+        args = {"w": w.data, "n_rows": 40, "n": 256, "out": out, "add": out, "count": count(n_tokens)}
+        if name in BLOCK_TYPES:
+            call(f"mul_mat:mul_mat_{KERNEL_OF[name]}", act=quantized(x), row_bytes=w.row_bytes, **args)
+        else:
+            x = with_slack(x)
+            chained = rows_with_slack(n_tokens + 8, 256 + widths.PANEL_ROWS)
+            call("mul_mat_float:chain_rows", x=x, n=256, chained=chained, count=count(n_tokens))
+            call(f"mul_mat_float:mul_mat_{KERNEL_OF[name]}", x=x, chained=chained, **args)
+        assert same_bits(np.ascontiguousarray(out), expected)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("nth", [2, 3, 5])
+def test_threads_change_nothing(name: str, n_tokens: int, nth: int) -> None:
+    w, x = weights(name, 300, 256), normal(n_tokens, 256, seed=6)
+    assert same_bits(product(w, x, nth=nth), product(w, x))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_extreme_blocks(name: str) -> None:
+    """Every bit pattern of the integers, largest activations: nothing saturates, sums of integers are exact."""
+    kind = GGMLType[name]
+    n, dtype = 512, {"Q4_0": 18, "Q4_1": 20, "Q6_K": 210, "Q8_0": 34}[name]
+    n_rows = 12
+    rng = np.random.default_rng(0)
+    blocks = rng.choice([0x00, 0xFF, 0x7F, 0x80, 0x88, 0x0F, 0xF0], (n_rows, n // (256 if name == "Q6_K" else 32), dtype)).astype(np.uint8)
+    one, scale_at = np.float16(1).view(np.uint16), slice(-2, None) if name == "Q6_K" else slice(0, 2)
+    blocks[..., scale_at] = np.frombuffer(one.tobytes(), np.uint8)
+    if name == "Q4_1":
+        blocks[..., 2:4] = np.frombuffer(np.float16(-7).tobytes(), np.uint8)
+    w = Weights.__new__(Weights)
+    w.kind, w.n_rows, w.n, w.data = kind, n_rows, n, guarded(blocks.reshape(n_rows, -1))
+    w.float64 = gguf.quants.dequantize(w.data, gguf.GGMLQuantizationType(kind)).astype(np.float64)
+    x = rng.choice([-127.0, 127.0], (3, n)).astype(np.float32)
+    expected = x.astype(np.float64) @ w.float64.T
+    assert np.abs(product(w, x) - expected).max() <= 1e-6 * np.abs(w.float64).max() * 127 * n
+    assert same_bits(product(w, x)[1], product(w, x[1:2])[0])
+
+
+# The feed-forward's fused first half
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize(("n_rows", "n"), [(64, 256), (96, 768), (160, 256)])
+@pytest.mark.parametrize("n_tokens", [1, 2, 9])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, nth: int) -> None:
+    """hidden = silu(gate x) * (up x), to the bit what the products and the row op give one after the other."""
+    gate, up = Weights(name, n_rows, n, seed=1), Weights(name, n_rows, n, seed=2)
+    x = normal(n_tokens, n, seed=3)
+    expected = np.zeros((n_tokens, n_rows), np.float32)
+    call("ops:swiglu", gate=product(gate, x), up=product(up, x), n=n_rows, out=expected, act=0, count=count(n_tokens))
+    act = aligned(widths.activation_nbytes(n_rows) * (n_tokens + 8) + 4096)
+    hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
+    call(
+        f"swiglu:swiglu_{KERNEL_OF[name]}", nth=nth, gate=gate.data, up=up.data, row_bytes=gate.row_bytes, n_rows=n_rows,
+        n=n, x=quantized(x), hidden=hidden, act=act if widths.PANEL_ROWS == 32 else 0, count=count(n_tokens),
+    )  # fmt: skip
+    assert same_bits(np.ascontiguousarray(hidden), expected)
+    if widths.PANEL_ROWS == 32:
+        assert same_bits(act, quantized(expected))

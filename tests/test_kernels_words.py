@@ -1,0 +1,274 @@
+"""The SIMD vocabulary, word by word, against NumPy."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import kernel_words
+import numpy as np
+import pytest
+from kernel_calls import aligned, guarded, run, same_bits
+from kernel_words import ROW
+from numpy.typing import NDArray
+
+from lfm2cpp.kernels import level
+from lfm2cpp.kernels.compiler import compile_kernel
+from lfm2cpp.kernels.dot import I8_BIAS
+from lfm2cpp.kernels.library import Kernel, library
+from lfm2cpp.kernels.widths import W
+
+PIECES = W // 4
+HAS_FMA = level.target().has_fma
+
+
+@lru_cache(maxsize=None)
+def word_kernel(name: str) -> Kernel:
+    """Compiled here: the cache does not know the sources of tests."""
+    name = f"kernel_words:{name}"
+    assert library()._link(name, compile_kernel(name))
+    return library()._loaded[name]
+
+
+def say(name: str, n_results: int, **args: NDArray | int) -> NDArray[np.uint8]:
+    """Run a kernel of words; (n_results, ROW) bytes."""
+    out = aligned(n_results * ROW, 0xEE).reshape(n_results, ROW)
+    run(word_kernel(name), out=out, **args)
+    return out
+
+
+def rows(*vectors: NDArray) -> NDArray[np.uint8]:
+    x = np.zeros((len(vectors), ROW), np.uint8)
+    for row, vector in zip(x, vectors, strict=True):
+        row[: vector.nbytes] = np.ascontiguousarray(vector).view(np.uint8)
+    return x
+
+
+def check(row: NDArray[np.uint8], expected: NDArray) -> None:
+    """A result, and that nothing was written behind it."""
+    assert same_bits(row[: expected.nbytes].view(expected.dtype), expected)
+    assert (row[expected.nbytes :] == 0xEE).all()
+
+
+def floats(seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 100, W).astype(np.float32)
+
+
+def ints(seed: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(-(2**31), 2**31, W).astype(np.int32)
+
+
+def octets(seed: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, 4 * W).astype(np.uint8)
+
+
+def halving_sum(x: NDArray[np.float32]) -> np.float32:
+    while len(x) > 1:
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return x[0]
+
+
+def test_float_words() -> None:
+    a, b, c = floats(0), floats(1), floats(2)
+    n = np.random.default_rng(3).integers(-20, 20, W).astype(np.int32)
+    found = say("float_words", 19, x=rows(a, b, c, n))
+    fused = (a.astype(np.float64) * b + c).astype(np.float32) if HAS_FMA else a * b + c
+    kept = [np.where(np.arange(W) < k, a, np.float32(-7)) for k in (3, -5, 1000)]
+    for row, expected in zip(
+        found,
+        [a + b, a - b, a * b, a / b, fused, np.maximum(a, b), np.minimum(a, b), np.abs(a), np.ldexp(a, n),
+         n.astype(np.float32), np.rint(a).astype(np.int32), np.full(W, 1.5, np.float32), *kept],
+        strict=False,
+    ):  # fmt: skip
+        check(row, expected)
+    check(found[15], np.array([halving_sum(a)]))
+    check(found[16], np.array([a.max()]))
+    once = np.float32(np.float64(np.float32(3)) * np.float64(np.float32(0.1)) - np.float64(np.float32(0.3)))
+    assert found[17][:4].view(np.float32)[0] == (once if HAS_FMA else np.float32(3) * np.float32(0.1) - np.float32(0.3))
+    check(found[18], n.view(np.float32))
+
+
+def test_nan_in_maximum_and_minimum() -> None:
+    """The second one where one of the two is NaN: what softmax and exp rely on."""
+    nan, a = np.full(W, np.nan, np.float32), floats(0)
+    zero = np.zeros(W, np.int32)
+    assert say("float_words", 19, x=rows(nan, a, a, zero))[5][: 4 * W].view(np.float32).tolist() == a.tolist()
+    found = say("float_words", 19, x=rows(a, nan, a, zero))
+    assert np.isnan(found[5][: 4 * W].view(np.float32)).all() and np.isnan(found[6][: 4 * W].view(np.float32)).all()
+
+
+def test_rounding_is_to_nearest_even() -> None:
+    a = np.resize(np.float32([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 4194302.5]), W)
+    check(say("float_words", 19, x=rows(a, a, a, np.zeros(W, np.int32)))[10], np.rint(a).astype(np.int32))
+
+
+def test_int_words() -> None:
+    a, b, c, d = (ints(i) for i in range(4))
+    small = np.random.default_rng(9).integers(-128, 128, W).astype(np.int32)
+    with np.errstate(over="ignore"):
+        results = [a + b, a - b, a * b, a & b, a | b, a ^ b, (a.view(np.uint32) >> 5).view(np.int32), a << 5,
+                   np.full(W, -3, np.int32)]  # fmt: skip
+        pieces = np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in (a, b, c, d)], -1).reshape(W)
+    found = say("int_words", 13, x=rows(a, b, c, d, small))
+    for row, expected in zip(found, results, strict=False):
+        check(row, expected)
+    check(found[9], np.array([small.sum()], np.int64))
+    check(found[10], pieces)
+    reduced = [(v & 0xFFF) - 0x800 for v in (a, b, c, d)]
+    check(found[11], np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in reduced], -1).reshape(W))
+    check(found[12], small.astype(np.int8))
+
+
+def test_sum_pieces_small_at_its_limits() -> None:
+    """Lanes whose pairwise sums are the largest that 16 bits hold."""
+    for value in (16383, -16384):
+        v = np.full(W, value + 0x800, np.int32) & 0xFFF
+        assert len(set(v.tolist())) == 1
+        found = say("int_words", 13, x=rows(v, v, v, v, v))[11]
+        check(found, np.full(W, 4 * (int(v[0]) - 0x800), np.int32))
+
+
+def test_byte_words() -> None:
+    a, b, c, d = (octets(i) for i in range(4))
+    far = guarded(np.random.default_rng(8).integers(0, 256, 3 + 210 * (PIECES + 1), np.uint8))
+    found = say("byte_words", 15, x=rows(a, b, c, d), far=far)
+    check(found[0], a & b)
+    check(found[1], a & 15)
+    check(found[2], a >> 4)
+    check(found[3], np.full(4 * W, 200, np.uint8))
+    check(found[4], np.tile(a[5:9], W))
+    lanes = np.stack([v.reshape(PIECES, 4, 4) for v in (a, b, c, d)], axis=1)  # [piece][vector][lane][byte]
+    for j in range(4):
+        check(found[5 + j], np.ascontiguousarray(lanes[:, :, j]).reshape(4 * W))
+    check(found[9], np.concatenate([far[3 + 18 * i :][:16] for i in range(PIECES)]))
+    check(found[10], np.concatenate([far[5 + 32 * (i % 2) + 210 * (i // 2) :][:16] for i in range(PIECES)]))
+    check(found[11], np.array([far.view(np.int8)[7 + 2 * (i % 8) + 210 * (i // 8)] for i in range(W)], np.int32))
+    check(found[12], (a | b) ^ c)
+    check(found[13], a >> 2)
+    check(found[14], far[:W].view(np.int8).astype(np.float32))
+
+
+def test_loads_stay_within_their_vectors() -> None:
+    """gather_pieces and load_* of the last bytes there are."""
+    far = guarded(np.arange(7 + 2 * 7 + 210 * (W // 8 or 1), dtype=np.uint8))
+    x = rows(*(octets(i) for i in range(4)))
+    say("byte_words", 15, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
+
+
+def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
+    found = say("dot_words", 2, x=rows(acc, u.astype(np.uint8), w.astype(np.int8), a.astype(np.int8)))
+    u, w, a = (v.astype(np.int64).reshape(W, 4) for v in (u, w, a))
+    check(found[0], (acc + (u * a).sum(-1)).astype(np.int32))
+    check(found[1], (acc + (w * a).sum(-1) + I8_BIAS * a.sum(-1)).astype(np.int32))
+
+
+def test_dot_words() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        acc = rng.integers(-(2**20), 2**20, W).astype(np.int32)
+        dots(rng.integers(0, 128, 4 * W), rng.integers(-128, 128, 4 * W), rng.integers(-127, 128, 4 * W), acc)
+
+
+@pytest.mark.parametrize("u", [0, 15, 63, 127])
+@pytest.mark.parametrize("w", [-128, -127, 0, 127])
+@pytest.mark.parametrize("a", [-127, 127])
+def test_dot_words_at_their_limits(u: int, w: int, a: int) -> None:
+    """Nothing saturates on the way."""
+    dots(np.full(4 * W, u), np.full(4 * W, w), np.full(4 * W, a), np.zeros(W, np.int32))
+
+
+def test_every_half_becomes_its_float() -> None:
+    """All 65,536 of them, in vectors and one by one; NaN stays NaN."""
+    halves = np.arange(65536, dtype=np.uint16)
+    out = np.zeros(2 * 65536, np.float32)
+    run(word_kernel("half_words"), x=guarded(halves), out=out, n=65536)
+    expected = halves.view(np.float16).astype(np.float32)
+    nan = np.isnan(expected)
+    for found in (out[:65536], out[65536:]):
+        assert np.isnan(found[nan]).all() and same_bits(found[~nan].copy(), expected[~nan].copy())
+
+
+def test_floats_become_the_nearest_half() -> None:
+    """Every half, what lies just beside the middle between two, the middle itself, and random floats."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[:-1] + halves[1:]) / 2
+    specials = np.float32([np.inf, 65504, 65519.996, 65520, 1e30, 3e38, 0, 1e-45, 2.98e-8, 2.9802322e-8, 2.9802326e-8])
+    x = np.concatenate([halves, middles, np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(0)),
+                        specials, np.random.default_rng(0).integers(0, 2**31, 4096, np.uint32).view(np.float32)])  # fmt: skip
+    x = np.concatenate([x, -x])
+    n = len(x) // W * W
+    out = np.zeros(2 * n, np.uint16)
+    run(word_kernel("to_half_words"), x=np.concatenate([x[:n], np.zeros(W, np.float32)]), out=out, n=n)
+    with np.errstate(over="ignore"):
+        expected = x[:n].astype(np.float16)
+    nan = np.isnan(x[:n])
+    for found in (out[:n].view(np.float16), out[n:].view(np.float16)):
+        assert np.isnan(found[nan]).all() and same_bits(found[~nan].copy(), expected[~nan].copy())
+
+
+def test_gathers_of_halves() -> None:
+    far = np.random.default_rng(0).normal(0, 1, 105 * (W + 1) + 128).astype(np.float16)
+    data = far.view(np.uint8)
+
+    def half(offset: int) -> np.float32:
+        return data[offset : offset + 2].view(np.float16)[0].astype(np.float32)
+
+    found = say("gather_words", 6, far=guarded(far))
+    check(found[0], np.array([half(18 * i) for i in range(W)]))
+    check(found[1], np.array([half(2 + 210 * i) for i in range(W)]))
+    check(found[2], np.array([half(18 * i) for i in range(W)]))
+    check(found[3], np.array([half(34 * i) for i in range(W)]))
+    check(found[4], np.array([half(210 * (i // 8)) for i in range(W)]))
+    check(found[5], (far.view(np.uint16)[:W].astype(np.uint32) << 16).view(np.float32))
+
+
+def test_transpose_square() -> None:
+    stride = 4 * W + 12
+    source = np.zeros((W, stride), np.uint8)
+    values = np.arange(W * W, dtype=np.float32).reshape(W, W)
+    source[:, : 4 * W] = values.view(np.uint8).reshape(W, 4 * W)
+    out = guarded(np.zeros((W, W), np.float32))
+    run(word_kernel("square"), source=guarded(source.reshape(-1)[: -12].copy()), destination=out, stride=stride)
+    assert np.array_equal(out, values.T)
+
+
+def ulps(found: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.abs(found - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+
+
+def test_exp_and_silu() -> None:
+    """Within 2 units in the last place for exp, 4 for silu, over all of their range; beyond it they end flat."""
+    n = 40000 // W * W
+    x = np.linspace(-86.9, 87.9, n).astype(np.float32)
+    out = np.zeros(2 * n, np.float32)
+    run(word_kernel("math_words"), x=x, out=out, n=n)
+    exact = x.astype(np.float64)
+    assert ulps(out[:n], np.exp(exact)).max() < 2
+    assert ulps(out[n:], exact / (1 + np.exp(-exact))).max() < 4
+    x = np.resize(np.float32([-1e30, -88, -87, 0, 88, 89, 1e30, -0.0]), n)
+    run(word_kernel("math_words"), x=x, out=out, n=n)
+    assert np.allclose(out[:8], np.exp(np.clip(x[:8].astype(np.float64), -87, 88)), rtol=3e-7)
+
+
+def test_scalar_words() -> None:
+    value = np.array([-0x0123456789ABCDF0], np.int64)
+    found = say("scalar_words", 1, x=value)[0]
+    low = int(value[0])
+    assert found[:40].view(np.int64).tolist() == [
+        low, int(value.view(np.int32)[0]), int(value.view(np.uint16)[0]), int(value.view(np.uint8)[0]), int(value.view(np.int8)[0]),
+    ]  # fmt: skip
+    assert same_bits(found[40:44].copy(), value.view(np.uint8)[:4].copy())
+    assert same_bits(found[44:47].copy(), np.concatenate([value.view(np.uint8)[:2], value.view(np.uint8)[:1]]))
+    assert found[48:72].view(np.int64).tolist() == [2, -4, 4194303]
+
+
+def test_every_word_is_tested() -> None:
+    """A word of the vocabulary that no kernel of kernel_words says is a word without a test."""
+    import inspect
+
+    from lfm2cpp.kernels import simd
+    from lfm2cpp.kernels.vector import Vec
+
+    said = inspect.getsource(kernel_words)
+    words = [name for name, value in vars(simd).items() if callable(value) and not isinstance(value, Vec)]
+    assert len(words) > 25
+    assert [name for name in words if f"simd.{name}(" not in said] == []
