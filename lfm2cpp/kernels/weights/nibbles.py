@@ -1,0 +1,48 @@
+"""What Q4_0 and Q4_1 share: 16 bytes of nibbles a block, low ones for elements 0..15, high ones for 16..31."""
+
+from __future__ import annotations
+
+from lfm2cpp.kernels.compiler import device
+from lfm2cpp.kernels.dot import dot_u7
+from lfm2cpp.kernels.simd import (
+    W,
+    gather_pieces,
+    high_nibbles,
+    load_bytes,
+    low_nibbles,
+    splat_i32,
+    store_bytes,
+    sum_pieces_small,
+    transpose_4,
+)
+
+
+@device
+def _dot_pair(q, a):
+    """The four partial sums of each piece's block."""
+    return dot_u7(dot_u7(splat_i32(0), low_nibbles(q), load_bytes(a)), high_nibbles(q), load_bytes(a + 4 * W))
+
+
+@device
+def sum_nibbles(qs, block_bytes, a):
+    """Lane b: the sum of nibble * activation over block b of a group; qs: the first block's nibbles."""
+    return sum_pieces_small(
+        _dot_pair(gather_pieces(qs, 4 * block_bytes), a),
+        _dot_pair(gather_pieces(qs + block_bytes, 4 * block_bytes), a + 8 * W),
+        _dot_pair(gather_pieces(qs + 2 * block_bytes, 4 * block_bytes), a + 16 * W),
+        _dot_pair(gather_pieces(qs + 3 * block_bytes, 4 * block_bytes), a + 24 * W),
+    )
+
+
+@device
+def unpack_nibbles(qs, row_bytes, out):
+    """One block of W rows, a byte a nibble, interleaved by 4 for the tile; qs: the first row's nibbles."""
+    q = transpose_4(
+        gather_pieces(qs, 4 * row_bytes),
+        gather_pieces(qs + row_bytes, 4 * row_bytes),
+        gather_pieces(qs + 2 * row_bytes, 4 * row_bytes),
+        gather_pieces(qs + 3 * row_bytes, 4 * row_bytes),
+    )
+    for j in range(4):
+        store_bytes(out + j * (8 * W), low_nibbles(q[j]))
+        store_bytes(out + (4 + j) * (8 * W), high_nibbles(q[j]))
