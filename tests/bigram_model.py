@@ -41,7 +41,7 @@ def bigram_gguf(
     ids = piece_ids()
     successors: list[tuple[int, int]] = []
     for chain in chains:
-        pairs = zip([start, *chain], chain)
+        pairs = zip([start, *chain], chain, strict=False)
         successors += [(ids[left], ids[right]) for left, right in pairs]
 
     def edit(weights: Weights) -> None:

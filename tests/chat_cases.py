@@ -106,13 +106,15 @@ FEATURES = """{% set names = ["b", "a", "c"] %}
 {{ messages | selectattr("role", "equalto", "user") | map(attribute="content") | list }}
 {{ {"k": [1, 2.5, none, true], "é<>&'": "\\"\\n"} | tojson }} {{ {"b": 1, "a": 2} | tojson(indent=2, sort_keys=true) }}
 {{ "é" | tojson(ensure_ascii=true) }} {{ [1, 2] | tojson(separators=(",", ":")) }}
-{{ "%s and %03d" | format("x", 7) }} {{ "%s-%s" % ("x", "y") }} {{ "{} {:>4}".format("p", "q") }} {{ 7 // 2 }} {{ 2 ** 10 }}
+{{ "%s and %03d" | format("x", 7) }} {{ "%s-%s" % ("x", "y") }}
+{{ "{} {:>4}".format("p", "q") }} {{ 7 // 2 }} {{ 2 ** 10 }}
 {{ "abc".replace("b", "B") }} {{ " x ".strip() }}|{{ "a,b".split(",") }} {{ "x".join(["1", "2"]) }} {{ "ab" * 3 }}
 {{ dict(a=1) }} {{ {"z": 1}.get("q", "none") }} {% for k, v in {"x": 1, "y": 2}.items() %}{{ k }}={{ v }};{% endfor %}
 {{ undefined_name }}|{{ undefined_name is defined }}|{{ undefined_name | default("d") }}|{{ none }}|{{ true }}
 {{ "</think>" in messages[-1].content }} {{ messages[-1].content.startswith("<think>") }} {{ messages | length }}
 {%- set block %}  kept {{ 1 + 1 }}  {% endset %}{{ block | trim }}
-{% filter upper %}filtered{% endfilter %} {{ "a\\nb" | indent(2) }} {{ "long text here" | truncate(9) }} {{ 3.14159 | round(2) }}
+{% filter upper %}filtered{% endfilter %} {{ "a\\nb" | indent(2) }} {{ "long text here" | truncate(9) }}
+{{ 3.14159 | round(2) }}
 {{ messages[-1].content }}{{ bos_token }}{{ eos_token }}
 """
 
@@ -123,7 +125,8 @@ TEMPLATES = {"minimal": MINIMAL, "tools": TOOLS, "thinking": THINKING, "features
 USER = {"role": "user", "content": "What is 2+2?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"type": "function", "function": {"name": "find.it", "parameters": {"type": "object", "é": "<&>'\""}}}
-CALL = {"type": "function", "function": {"name": "find.it", "arguments": {"q": "x y", "n": 3, "o": {"a": None}, "t": True}}}
+ARGUMENTS = {"q": "x y", "n": 3, "o": {"a": None}, "t": True}
+CALL = {"type": "function", "function": {"name": "find.it", "arguments": ARGUMENTS}}
 LONG = [
     SYSTEM,
     {"role": "user", "content": "  padded\n"},

@@ -261,7 +261,7 @@ def test_several_threads_share_one_llm(hello: LLM) -> None:
 def test_streams_at_once_do_not_mix(hello: LLM) -> None:
     first, second = hello.stream("\n"), hello.chat_stream("hi")
     texts = ["", ""]
-    for a, b in zip(first, second):
+    for a, b in zip(first, second, strict=False):
         for i, event in enumerate((a, b)):
             texts[i] += event.text if isinstance(event, Piece) else ""
     assert first.result().text == second.result().text == "Helo!"

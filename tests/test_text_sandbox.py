@@ -104,7 +104,7 @@ BOMBS = {
     "nested items": NESTED + "{{ {'a': a.s}.items() == {'a': a.t}.items() }}",
     "nested missing": NESTED + "{{ {}[a.s].x.y }}",
     "nested raised": NESTED + "{{ raise_exception(a.s) }}",
-    "nested tuple key": "{% set a = namespace(s=(1,)) %}" + SIXTY + "{% set a.s = (a.s, a.s) %}{% endfor %}{{ {a.s: 1} }}",
+    "nested key": "{% set a = namespace(s=(1,)) %}" + SIXTY + "{% set a.s = (a.s, a.s) %}{% endfor %}{{ {a.s: 1} }}",
     "wide list shown": BIG + "{{ [s] * 100000 }}",
     "wide list json": BIG + "{{ ([s] * 100000)|tojson }}",
     "wide join": BIG + "{{ ''.join([s] * 100000) }}",

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 from chat_cases import (
-    BOS, CONVERSATIONS, GOLDEN, MINIMAL, REFUSING, TEMPLATES, TOOLS, USER, cases, render_with_transformers,
+    BOS,
+    CONVERSATIONS,
+    GOLDEN,
+    MINIMAL,
+    REFUSING,
+    TEMPLATES,
+    TOOLS,
+    USER,
+    cases,
+    render_with_transformers,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -61,7 +61,7 @@ class Vocab:
         self._types = self._token_types(gguf)
         with _paused_gc():
             self._pieces = self._decode(pieces, "token")
-            self._ids = dict(zip(self._pieces, range(self.n_tokens)))
+            self._ids = dict(zip(self._pieces, range(self.n_tokens), strict=True))
             if len(self._ids) != self.n_tokens:
                 self._refuse_duplicate()
             special = [m.start() for m in re.finditer(rb"[^\x01]", self._types, re.DOTALL)]  # all but NORMAL
@@ -189,7 +189,7 @@ class Vocab:
         except UnicodeDecodeError:
             self._decode(merges, "merge")
             raise
-        return list(zip(halves, halves))
+        return list(zip(halves, halves, strict=True))
 
     def _refuse_merge(self, merges: list[tuple[str, str]], plain: dict[str, int], error: Exception) -> None:
         for i, (left, right) in enumerate(merges):
