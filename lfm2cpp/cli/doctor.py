@@ -55,11 +55,11 @@ def find_warnings(facts: dict[str, Any]) -> list[str]:
             f"kernels cannot be cached in {cache['folder']}, so every process compiles them anew; "
             "set LFM2CPP_CACHE_DIR to a writable folder"
         )
-    if facts["cpu"]["level"] == "generic":
+    level, best = facts["cpu"]["level"], facts["cpu"]["usable_levels"][0]
+    if level != best:
+        warnings.append(f"LFM2CPP_SIMD picks {level}, though this CPU has {best}")
+    elif level == "generic":
         warnings.append("no SIMD level fits this CPU, so everything runs on the generic one, which is slow")
-    elif facts["cpu"]["level"] != facts["cpu"]["usable_levels"][0]:
-        best = facts["cpu"]["usable_levels"][0]
-        warnings.append(f"LFM2CPP_SIMD picks {facts['cpu']['level']}, though this CPU has {best}")
     quota = facts["threads"]["cgroup_quota"]
     if quota is not None and quota < 1:
         warnings.append(f"the container may use {quota:g} of one CPU: expect pauses")
