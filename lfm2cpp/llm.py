@@ -96,7 +96,7 @@ class LLM:
         ids = self.tokenize(prompt, special=parse_special) if isinstance(prompt, str) else self._checked_ids(prompt)
         request = self._request(tuple(ids), options)
         session = self._open_session()
-        return Stream(session.worker, lambda emit, stop: session.complete(request, emit, stop))
+        return Stream(session.worker, lambda emit, stop: session.complete(request, emit, stop), owner=self)
 
     def chat(self, messages: Messages, **options: Any) -> Generation:
         """Answer a conversation: messages of {"role", "content"}, or one question as text."""
@@ -107,7 +107,7 @@ class LLM:
         session = self._open_session()
         request = self._request((0,), options)  # the ids are known when it is this call's turn
         rendered = session.template.render(_as_messages(messages), tools=tools)
-        return Stream(session.worker, lambda emit, stop: session.answer(rendered, request, emit, stop))
+        return Stream(session.worker, lambda emit, stop: session.answer(rendered, request, emit, stop), owner=self)
 
     def _request(self, ids: tuple[int, ...], options: dict[str, Any]) -> Request:
         sampling = options.pop("sampling", None) or self.sampling

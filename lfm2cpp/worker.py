@@ -6,9 +6,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
-from .errors import UsageError
+from .errors import LFM2Error, UsageError
 from .generate import Event, Generation
 
 Job = Callable[[], None]
@@ -79,18 +80,27 @@ class Stream(Iterator[Event]):
     `stop` ends it early: the Generation then says "interrupted". So do dropping the stream and a Ctrl-C that hits it.
     """
 
-    def __init__(self, worker: Worker, work: Callable[[Callable[[Event], None], threading.Event], Generation]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        work: Callable[[Callable[[Event], None], threading.Event], Generation],
+        *,
+        owner: object = None,
+    ) -> None:
+        """Queue `work(emit, stop)`. `owner` lives as long as this stream does, and may be what keeps a model open."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stop = threading.Event()
+        outcome: list[Generation | BaseException] = []
 
         def job() -> None:
             try:
-                events.put(work(events.put, stop))
+                outcome.append(work(events.put, stop))
             except BaseException as error:  # raised again where the events are read
-                events.put(error)
+                outcome.append(error)
+            events.put(outcome[0])
 
-        self._events, self._stop, self._worker = events, stop, worker
-        self._result: Generation | None = None
+        self._events, self._stop, self._worker, self._owner = events, stop, worker, owner
+        self._outcome = outcome
         self._ended = False
         worker.submit(job)
 
@@ -102,11 +112,9 @@ class Stream(Iterator[Event]):
         except KeyboardInterrupt:
             self.stop()  # a traceback may keep this stream alive, and the engine busy, for long
             raise
+        self._ended = isinstance(event, (BaseException, Generation))
         if isinstance(event, BaseException):
-            self._ended = True
             raise event
-        if isinstance(event, Generation):
-            self._ended, self._result = True, event
         return event
 
     def _next_event(self) -> Any:
@@ -114,6 +122,8 @@ class Stream(Iterator[Event]):
             try:
                 return self._events.get(timeout=POLL_SECONDS)
             except queue.Empty:
+                if self._outcome and self._events.empty():
+                    return self._outcome[0]  # a Ctrl-C came just when the last event was taken
                 if not self._worker.alive and self._events.empty():
                     return UsageError("this LLM was closed while it generated")
 
@@ -130,14 +140,18 @@ class Stream(Iterator[Event]):
             for _ in self:
                 pass
             raise
-        assert self._result is not None
-        return self._result
+        if not self._outcome:
+            raise UsageError("this LLM was closed while it generated")
+        if isinstance(self._outcome[0], BaseException):
+            raise self._outcome[0]
+        return self._outcome[0]
 
     def close(self) -> None:
         """Stop, and wait until the engine is free."""
         self.stop()
         while not self._ended and not self._worker.in_other_process:
-            next(self, None)
+            with suppress(LFM2Error):
+                next(self)
 
     def __enter__(self) -> Stream:
         return self

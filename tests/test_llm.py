@@ -348,6 +348,10 @@ def test_an_unused_llm_goes_away_with_its_thread(hello_path: Path) -> None:
     assert threading.active_count() <= before
 
 
+def test_a_stream_keeps_its_llm_open(hello_path: Path) -> None:
+    assert LLM(hello_path).stream("\n").result().text == "Helo!"
+
+
 def script(body: str, *arguments: Any, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import sys, os, signal, threading, time\nfrom lfm2cpp import LLM\n" + body]
     return subprocess.run(
