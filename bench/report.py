@@ -100,16 +100,17 @@ def _conditions(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     lines = [
         f"Machine: {machine.get('cpu')}, {machine.get('cores')} cores, level {machine.get('level')}, "
-        f"{machine.get('memory', 0) / 1e9:.0f} GB, {machine.get('platform')}, Python {machine.get('python')}, {versions}.",
+        f"{machine.get('memory', 0) / 1e9:.0f} GB, {machine.get('platform')}, Python {machine.get('python')}, "
+        f"{versions}.",
     ]
     if opponent:
         note = f" {opponent['note']}" if opponent["note"] else ""
         lines.append(f"Beside it: {opponent['name']} at {opponent['commit']}.{note}")
     lines += [
         "",
-        "Whole processes run in turn, the order changing every round; a ratio is the median of the rounds' ratios, with the "
-        "smallest and the largest behind it. Above 1: lfm2cpp is faster. Speeds are medians, in tokens per second. The "
-        "weights are random, in the true shapes (`lfm2cpp bench --random`).",
+        "Whole processes run in turn, the order changing every round; a ratio is the median of the rounds' ratios, "
+        "with the smallest and the largest behind it. Above 1: lfm2cpp is faster. Speeds are medians, in tokens per second. "
+        "The weights are random, in the true shapes (`lfm2cpp bench --random`).",
     ]
     return lines
 
@@ -183,7 +184,8 @@ def _files_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         lines.append(
             f"| {row['step']} | {row['ours_seconds']:.2f} s | {row['theirs_seconds']:.2f} s | **{row['ratio']:.2f}** "
-            f"| {row['ours_megabytes']:.0f} MB | {row['theirs_megabytes']:.0f} MB | {'yes' if row['identical'] else 'no'} |"
+            f"| {row['ours_megabytes']:.0f} MB | {row['theirs_megabytes']:.0f} MB "
+            f"| {'yes' if row['identical'] else 'no'} |"
         )
     return lines
 
@@ -228,7 +230,7 @@ def _draw_ratios(parts: dict[str, Any]) -> Any:
     axes = figure.subplots()
     labels = [f"{row['model']}, {_test(row)}, {row['threads']} thread{'s'[: row['threads'] > 1]}" for row in rows]
     ratios = [row["ratio"] for row in rows]
-    errors = [[row["ratio"] - row["ratio_range"][0] for row in rows], [row["ratio_range"][1] - row["ratio"] for row in rows]]
+    errors = [[abs(row["ratio_range"][side] - row["ratio"]) for row in rows] for side in (0, 1)]
     colours = ["#2f7d4f" if ratio >= 1 else "#b5533c" for ratio in ratios]
     axes.barh(range(len(rows)), ratios, xerr=errors, color=colours, ecolor="#777777")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)

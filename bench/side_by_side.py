@@ -65,7 +65,8 @@ class Comparison:
 
     def opponent(self) -> dict[str, str]:
         tiny = self.model("350M,n_layer=2,attention=1,n_embd=64,n_head_kv=1,n_ff=64,n_vocab=512", "F32")
-        entry = json.loads(output_of([*self.llama_bench, "-m", str(tiny), "-p", "1", "-n", "0", "-r", "1", "-o", "json"]))[0]
+        command = [*self.llama_bench, "-m", str(tiny), "-p", "1", "-n", "0", "-r", "1", "-o", "json"]
+        entry = json.loads(output_of(command))[0]
         return {"name": "llama.cpp", "commit": entry["build_commit"], "note": self.args.note}
 
     def in_turn(self, ours: Callable[[], dict[str, float]], theirs: Callable[[], dict[str, float]]) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-r", "--repetitions", type=int, default=2, help="samples of a test in one process")
     parser.add_argument("-t", "--threads", type=int, default=default_threads())
     parser.add_argument("--models", type=Path, default=ROOT / "bench-data")
-    parser.add_argument("--shape", nargs=2, action="append", default=[], help="part custom: SHAPE TYPE of bench --random")
+    parser.add_argument("--shape", nargs=2, action="append", default=[], help="part custom: as bench --random")
     parser.add_argument("-p", "--prompt", type=parse_range, default=[], help="part custom: as in bench")
     parser.add_argument("-n", "--gen", type=parse_range, default=[], help="part custom: as in bench")
     parser.add_argument("-d", "--depth", type=parse_range, default=[0], help="part custom: as in bench")

@@ -138,7 +138,8 @@ def test_table_is_llama_bench_s(model: Path) -> None:
 
 def test_columns_appear_when_they_differ_from_the_default(model: Path) -> None:
     header = report("-m", model, "-p", 4, "-n", 0, "-r", 1, "--kv-type", "f16,f32", "-b", 64).splitlines()[0]
-    assert [cell.strip() for cell in header.split("|")[5:-1]] == ["threads", "n_batch", "type_k", "type_v", "test", "t/s"]
+    names = ["threads", "n_batch", "type_k", "type_v", "test", "t/s"]
+    assert [cell.strip() for cell in header.split("|")[5:-1]] == names
 
 
 def test_json_has_llama_bench_s_keys(model: Path) -> None:
@@ -184,8 +185,8 @@ def test_csv_and_json_lines_carry_the_same(model: Path) -> None:
 def test_llama_cpp_s_compare_script_finds_its_keys(model: Path) -> None:
     """The keys that scripts/compare-llama-bench.py refuses to do without."""
     needed = set("""
-        cpu_info gpu_info backends n_gpu_layers n_cpu_moe tensor_buft_overrides model_filename model_type n_batch n_ubatch
-        embeddings cpu_mask cpu_strict poll n_threads type_k type_v load_mode no_kv_offload split_mode main_gpu
+        cpu_info gpu_info backends n_gpu_layers n_cpu_moe tensor_buft_overrides model_filename model_type n_batch
+        n_ubatch embeddings cpu_mask cpu_strict poll n_threads type_k type_v load_mode no_kv_offload split_mode main_gpu
         tensor_split flash_attn n_prompt n_gen n_depth fit_target fit_min_ctx build_commit test_time avg_ts
     """.split())
     assert needed <= set(json.loads(report("-m", model, "-p", 1, "-n", 0, "-r", 1, "-o", "jsonl")))

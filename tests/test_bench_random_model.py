@@ -45,7 +45,8 @@ def test_true_sizes(shape: str, file_type: str) -> None:
 
 def test_known_shapes() -> None:
     """The tables of the models' own configurations."""
-    assert {name: (s.n_embd, s.n_layer, len(s.attention), s.n_ff, s.n_head, s.n_head_kv) for name, s in SHAPES.items()} == {
+    found = {name: (s.n_embd, s.n_layer, len(s.attention), s.n_ff, s.n_head, s.n_head_kv) for name, s in SHAPES.items()}
+    assert found == {
         "230M": (1024, 14, 6, 2560, 16, 8),
         "350M": (1024, 16, 6, 4608, 16, 8),
         "700M": (1536, 16, 6, 6912, 24, 8),
@@ -63,8 +64,9 @@ def test_free_shapes_follow_their_numbers() -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "3B", "", "350M,n_embd", "350M,n_embd=x", "350M,colour=1", "350M,attention=1+x", "350M,attention=16", "350M,n_ff=100",
-    "350M,n_head=7", "350M,n_head_kv=3", "350M,n_layer=0", "350M,n_layer=600", "350M,n_vocab=100", "350M,l_cache=1",
+    "3B", "", "350M,n_embd", "350M,n_embd=x", "350M,colour=1", "350M,attention=1+x", "350M,attention=16",
+    "350M,n_ff=100", "350M,n_head=7", "350M,n_head_kv=3", "350M,n_layer=0", "350M,n_layer=600", "350M,n_vocab=100",
+    "350M,l_cache=1",
     "350M,n_vocab=9999999", "350M,n_embd=-32",
 ])  # fmt: skip
 def test_impossible_shapes(text: str) -> None:
@@ -128,8 +130,9 @@ def test_real_file_s_keys(tmp_path: Path) -> None:
     """What a converted model carries beyond the hyper-parameters, and PAD rows that are never sampled."""
     write_random_model(tmp_path / "m", find_shape("350M,n_layer=1,attention=,n_embd=64,n_head_kv=1,n_ff=64"), "Q4_0")
     with read_gguf(tmp_path / "m") as file:
-        for key in ("general.architecture", "general.type", "general.name", "general.file_type", "tokenizer.chat_template",
-                    "general.quantization_version", "lfm2.vocab_size", "tokenizer.ggml.pre"):  # fmt: skip
+        for key in ("general.architecture", "general.type", "general.name", "general.file_type",
+                    "tokenizer.chat_template", "general.quantization_version", "lfm2.vocab_size",
+                    "tokenizer.ggml.pre"):  # fmt: skip
             assert key in file.metadata
         vocab = Vocab(file)
     assert vocab.unused_ids == tuple(range(64400, 65536))

@@ -62,8 +62,8 @@ def test_ratios_are_medians_of_rounds() -> None:
 def test_custom_part_end_to_end(tmp_path: Path, llama_bench: Path) -> None:
     command = [
         sys.executable, "bench/side_by_side.py", "--llama-bench", str(llama_bench), "--part", "custom", "--shape", TINY,
-        "Q8_0", "-p", "5", "-n", "3", "-d", "0,64", "--rounds", "2", "-r", "1", "-t", "1", "--models", str(tmp_path / "models"),
-        "--out", str(tmp_path), "--note", "A script.",
+        "Q8_0", "-p", "5", "-n", "3", "-d", "0,64", "--rounds", "2", "-r", "1", "-t", "1", "--models",
+        str(tmp_path / "models"), "--out", str(tmp_path), "--note", "A script.",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -96,8 +96,8 @@ def test_arguments_are_llama_bench_s() -> None:
 
 def test_failures_are_told(tmp_path: Path, llama_bench: Path) -> None:
     broken = program(tmp_path / "broken", "#!{python}\nimport os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    command = [sys.executable, "bench/side_by_side.py", "--llama-bench", str(broken), "--part", "custom", "--shape", TINY,
-               "F32", "-p", "2", "--models", str(tmp_path), "--out", str(tmp_path), "-t", "1"]  # fmt: skip
+    command = [sys.executable, "bench/side_by_side.py", "--llama-bench", str(broken), "--part", "custom", "--shape",
+               TINY, "F32", "-p", "2", "--models", str(tmp_path), "--out", str(tmp_path), "-t", "1"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "SIGILL" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(SystemExit, match="failed"):
@@ -122,11 +122,13 @@ EVERY_PART = {
                        "ratio_range": [2.0, 2.0]} for d in (0, 64)],
             "generate": [{"model": "M", "threads": 2, "test": "run", "ours": 9.5, "theirs": 10.0, "ratio": 0.95,
                           "ratio_range": [0.9, 1.0]}],
-            "profile": [{"model": "M", "n_threads": 2, "test": "tg9", "step_ns": 5e6, "share_of_limit": 0.9, "ops_share": 0.98,
+            "profile": [{"model": "M", "n_threads": 2, "test": "tg9", "step_ns": 5e6, "share_of_limit": 0.9,
+                         "ops_share": 0.98,
                          "limits": {"read_bytes_per_s": 4e10, "int8_macs_per_s": 5e11, "f32_macs_per_s": 1e11},
                          "weights_read_bytes_per_s": 3e10, "ops": [{"macs": 10, "bytes": 20}]}],
-            "process": [{"model": "M", "threads": 2, "test": "first token", "file_megabytes": 220.0, "ours_seconds": 0.5,
-                         "theirs_seconds": 0.4, "ours_megabytes": 400.0, "theirs_megabytes": 500.0}],
+            "process": [{"model": "M", "threads": 2, "test": "first token", "file_megabytes": 220.0,
+                         "ours_seconds": 0.5, "theirs_seconds": 0.4, "ours_megabytes": 400.0,
+                         "theirs_megabytes": 500.0}],
             "files": [{"step": "350M: quantize to Q4_0", "ours_seconds": 1.0, "theirs_seconds": 2.0, "ratio": 2.0,
                        "ours_megabytes": 100.0, "theirs_megabytes": 200.0, "identical": True}],
         }.items()

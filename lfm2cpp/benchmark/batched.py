@@ -52,7 +52,8 @@ class BatchedResult:
         test, t = self.test, self.t_pp + self.t_tg
         n_pp = (1 if test.shared else test.n_parallel) * test.n_prompt
         n_tg = test.n_parallel * test.n_gen
-        rates = [n / seconds if seconds else 0.0 for n, seconds in ((n_pp, self.t_pp), (n_tg, self.t_tg), (n_pp + n_tg, t))]
+        phases = ((n_pp, self.t_pp), (n_tg, self.t_tg), (n_pp + n_tg, t))
+        rates = [n / seconds if seconds else 0.0 for n, seconds in phases]
         return (
             test.n_prompt, test.n_gen, test.n_parallel, test.n_kv,
             self.t_pp, rates[0], self.t_tg, rates[1], t, rates[2],

@@ -1,7 +1,8 @@
 """Where the time of a step goes: ops grouped by kind, each beside what the machine could do at most.
 
 A kind's limit is the larger of two times: its bytes at the measured read bandwidth, its multiply-adds at the measured
-peak (int8 for block types, float32 for the rest and for attention). Decode runs into the first, prefill into the second.
+peak (int8 for block types, float32 for the rest and for attention). Decode runs into the first, prefill into the
+second.
 """
 
 from __future__ import annotations
@@ -174,13 +175,14 @@ def table(profile: Profile) -> str:
     lines = [
         f"{profile.model.type}, {threads}, {profile.test.name}: {_time(step)} a {what}, mean of {profile.n_steps}",
         "",
-        f"| {'op':<14} | {'ops':>4} | {'time':>9} | {'share':>7} | {'bytes':>9} | {'GB/s':>6} | {'MAC':>8} | {'G MAC/s':>8} "
-        "| of limit |",
-        f"| {'-' * 14} | ---: | --------: | ------: | --------: | -----: | -------: | -------: | -------: |",
+        "| op             |  ops |      time |   share |     bytes |   GB/s |      MAC |  G MAC/s | of limit |",
+        "| -------------- | ---: | --------: | ------: | --------: | -----: | -------: | -------: | -------: |",
     ]
     for kind in (*profile.kinds, total):
         seconds = kind.ns / 1e9 or 1e-9
-        limit = profile.share_of_limit if kind is total else kind.share_of_limit(profile.read_bytes_per_s, profile.limits)
+        limit = kind.share_of_limit(profile.read_bytes_per_s, profile.limits)
+        if kind is total:
+            limit = profile.share_of_limit
         lines.append(
             f"| {kind.label:<14} | {kind.n_ops:>4} | {_time(kind.ns):>9} | {kind.ns / step:>7.1%} "
             f"| {kind.nbytes / 1e6:>6.1f} MB | {kind.nbytes / seconds / 1e9:>6.1f} "

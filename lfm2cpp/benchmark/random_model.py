@@ -129,7 +129,7 @@ def _metadata(shape: Shape, file_type: FileType, seed: int) -> Metadata:
 
 
 def stand_in_vocabulary(n_vocab: int, n_pieces: int, seed: int) -> tuple[list[str], list[int], list[str]]:
-    """(pieces, their types, merges): special tokens, all bytes, pieces merged from earlier ones, [PADn] up to n_vocab."""
+    """(pieces, their types, merges): special tokens, bytes, pieces merged from earlier ones, [PADn] up to n_vocab."""
     symbols = byte_symbols()
     pieces, merges = [*SPECIALS, *symbols], []
     seen, pool = set(pieces), list(symbols)

@@ -24,10 +24,10 @@ def parse_range(text: str) -> list[int]:
     return numbers
 
 
-def _expand(item: str, first_text: str, last_text: str | None, operator: str | None, step_text: str | None) -> list[int]:
-    first = int(first_text)
-    last = first if last_text is None else int(last_text)
-    step = 1 if step_text is None else int(step_text)
+def _expand(item: str, begin: str, end: str | None, operator: str | None, increment: str | None) -> list[int]:
+    first = int(begin)
+    last = first if end is None else int(end)
+    step = 1 if increment is None else int(increment)
     if last < first:
         raise ValueError(f"{item!r} ends before it begins")
     if operator == "*":

@@ -1,4 +1,4 @@
-"""`lfm2cpp bench`: tokens per second in llama-bench's terms, many sequences, profiles, and models without a checkpoint."""
+"""`lfm2cpp bench`: tokens per second in llama-bench's terms, many sequences, profiles, models without a checkpoint."""
 
 from __future__ import annotations
 
@@ -102,8 +102,10 @@ def _flat(values: tuple[list[int], ...], default: list[int]) -> list[int]:
 @click.command()
 @click.option("-m", "--model", "models", multiple=True, metavar="FILE[,FILE]", envvar=["LFM2_MODEL", "LLAMA_ARG_MODEL"],
               help="GGUF files. With --random: the file to write.")
-@click.option("-p", "--n-prompt", "-npp", type=Numbers(), multiple=True, help="Tokens of a prompt test.  [default: 512]")
-@click.option("-n", "--n-gen", "-ntg", type=Numbers(), multiple=True, help="Tokens of a generation test.  [default: 128]")
+@click.option("-p", "--n-prompt", "-npp", type=Numbers(), multiple=True,
+              help="Tokens of a prompt test.  [default: 512]")
+@click.option("-n", "--n-gen", "-ntg", type=Numbers(), multiple=True,
+              help="Tokens of a generation test.  [default: 128]")
 @click.option("-pg", "pairs", type=Pair(), multiple=True, help="A prompt, then generation, as one test.")
 @click.option("-d", "--n-depth", type=Numbers(), multiple=True, help="Tokens of context before a test.  [default: 0]")
 @click.option("-t", "--threads", type=Numbers(1, MAX_THREADS), multiple=True, help="Threads.  [default: one a core]")
@@ -111,7 +113,8 @@ def _flat(values: tuple[list[int], ...], default: list[int]) -> list[int]:
               help="Tokens of a prompt that are evaluated at once.  [default: 512]")
 @click.option("--kv-type", "-ctk", "--cache-type-k", multiple=True, metavar="TYPE,..",
               help="How K and V are kept.  [default: f16]")
-@click.option("-r", "--repetitions", type=click.IntRange(1, 10_000), default=5, show_default=True, help="Samples of a test.")
+@click.option("-r", "--repetitions", type=click.IntRange(1, 10_000), default=5, show_default=True,
+              help="Samples of a test.")
 @click.option("--no-warmup", is_flag=True, help="Begin with the samples at once.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json", "jsonl"]), default="md", show_default=True,
               help="Format of the report on standard output.")

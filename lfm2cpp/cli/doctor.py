@@ -48,7 +48,7 @@ def find_warnings(facts: dict[str, Any]) -> list[str]:
             warnings.append(f"{name} is not installed; pip install --force-reinstall lfm2cpp")
         elif not entry.get("in_range", True):
             low, high = entry["tested"]
-            warnings.append(f"{name} {entry['version']} is outside the tested range {low} to {high}; results may differ")
+            warnings.append(f"{name} {entry['version']} is outside the tested range, {low} to {high}")
     cache = facts["kernel_cache"]
     if not cache["writable"]:
         warnings.append(
