@@ -15,6 +15,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+OPT_IN = ("slow", "network")  # markers of pyproject.toml
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name in OPT_IN:
+        parser.addoption(f"--run-{name}", action="store_true", help=f"run the tests marked {name} as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for name in OPT_IN:
+        if not config.getoption(f"--run-{name}"):
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: only with --run-{name}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_kernels() -> None:
     """Every kernel in the cache, once, so that no test waits for a compilation in a terminal or against a deadline."""
