@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -55,17 +56,30 @@ class LLM:
     ) -> None:
         from .session import Session
 
+        started = time.perf_counter()
         options = {"n_ctx": n_ctx, "n_threads": n_threads, "kv_type": kv_type, "progress": progress}
         self._session = session = Session(_local_path(path), template=chat_template, **options)
         # Also runs at the end of the interpreter, before daemon threads are cut off in the middle of something.
         self._finalizer = weakref.finalize(self, session.close)
         self.path: Path = session.engine.path
         self.sampling: SamplingParams = recommended_sampling(session.engine.gguf)  # what calls start from
+        self.load_ms = 1e3 * (time.perf_counter() - started)
         if verbose:
-            from .terminal import note
+            self._describe()
 
-            threads = session.engine.n_threads
-            note(f"{self.path}: context {self.n_ctx()}, vocabulary {self.n_vocab()}, {threads} threads")
+    def _describe(self) -> None:
+        """What was loaded, on stderr."""
+        from .ggml import FileType
+        from .kernels import level
+        from .terminal import format_size, note
+
+        engine = self._session.engine
+        file_type = self.metadata.get("general.file_type")
+        ftype = FileType(file_type).name if file_type in set(FileType) else "mixed types"
+        note(
+            f"{self.path}: {self.metadata.get('general.name', 'no name')}, {ftype}, {format_size(engine.gguf.nbytes)}, "
+            f"context {self.n_ctx()}, vocabulary {self.n_vocab()}, {engine.n_threads} threads, {level.target().level.name}"
+        )
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None = None, **options: Any) -> LLM:

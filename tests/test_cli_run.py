@@ -142,7 +142,8 @@ def test_environment_twins(cli: Cli, models: dict[str, Path], monkeypatch: pytes
 
 def test_verbose_says_more_on_stderr(cli: Cli, models: dict[str, Path]) -> None:
     result = cli("run", "-m", models["hello"], "-p", "hi", "-v", "-s", 4)
-    assert result.out == "Helo!\n" and "seed 4" in result.err and "[ Prompt: " in result.err
+    assert result.out == "Helo!\n" and "seed 4" in result.err and "tokens per second" in result.err
+    assert "context 32768" in result.err
 
 
 def test_a_full_context_is_said(cli: Cli, models: dict[str, Path]) -> None:

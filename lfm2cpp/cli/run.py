@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lfm2cpp.errors import UsageError
+from lfm2cpp.terminal import format_size
 
 from .loading import load_llm, read_stdin, read_text, stdin_is_tty, without_last_newline
 from .options import generation_options, model_options, sampling_options
@@ -67,7 +68,7 @@ def run(as_json: bool, ignored: bool, **options: Any) -> int:
         result = show(stream, None if as_json else output)
         if as_json:
             output.write(json.dumps(as_dict(llm, result), ensure_ascii=output.tty) + "\n")
-        report(result, verbose)
+        report(result, llm.load_ms, verbose)
     return 130 if result.finish_reason == "interrupted" else 0
 
 
@@ -101,19 +102,32 @@ def _consume(events: Iterable[Event], output: AnswerOutput | None, status: Statu
     raise AssertionError("a stream ends in a Generation")
 
 
-def report(result: Generation, verbose: bool) -> None:
+def report(result: Generation, load_ms: float, verbose: bool) -> None:
     """What a person should know beside the text, on stderr."""
     notes = [result.detail] if "context" in result.detail or "forbidden" in result.detail else []
     if verbose:
         t = result.timings
         notes += [
             f"seed {result.seed}; {result.finish_reason}: {result.detail}",
-            f"prompt eval: {t.prompt_ms:.2f} ms / {t.prompt_n} tokens ({t.cache_n} from cache)",
-            f"eval: {t.predicted_ms:.2f} ms / {t.predicted_n} tokens",
-            timings_line(result),
+            f"       load time = {load_ms:10.2f} ms",
+            f"prompt eval time = {t.prompt_ms:10.2f} ms / {t.prompt_n:5d} tokens "
+            f"({t.prompt_per_second:.2f} tokens per second)",
+            f"       eval time = {t.predicted_ms:10.2f} ms / {t.predicted_n:5d} tokens "
+            f"({t.predicted_per_second:.2f} tokens per second)",
+            f"      total time = {t.prompt_ms + t.predicted_ms:10.2f} ms / {t.prompt_n + t.predicted_n:5d} tokens",
+            *_peak_memory(),
         ]
     for note in notes:
         click.echo(dimmed(note), err=True)
+
+
+def _peak_memory() -> list[str]:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return [f"     peak memory = {format_size(peak)}"]
 
 
 def timings_line(result: Generation) -> str:
