@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from .generate import Event, Generation, Piece, Prefill, Request, Timings
 from .presets import recommended_sampling
 from .sampling import SamplingParams
 from .worker import Stream
+
+if TYPE_CHECKING:
+    from .session import Session
 
 __all__ = ["LLM", "Event", "Generation", "Piece", "Prefill", "SamplingParams", "Stream", "Timings"]
 
@@ -76,9 +79,10 @@ class LLM:
         engine = self._session.engine
         file_type = self.metadata.get("general.file_type")
         ftype = FileType(file_type).name if file_type in set(FileType) else "mixed types"
+        name, size = self.metadata.get("general.name", "no name"), format_size(engine.gguf.nbytes)
         note(
-            f"{self.path}: {self.metadata.get('general.name', 'no name')}, {ftype}, {format_size(engine.gguf.nbytes)}, "
-            f"context {self.n_ctx()}, vocabulary {self.n_vocab()}, {engine.n_threads} threads, {level.target().level.name}"
+            f"{self.path}: {name}, {ftype}, {size}, context {self.n_ctx()}, vocabulary {self.n_vocab()}, "
+            f"{engine.n_threads} threads, {level.target().level.name}"
         )
 
     @classmethod
@@ -232,7 +236,7 @@ class LLM:
 
     # -- life --------------------------------------------------------------------------------------------------
 
-    def _open_session(self) -> Any:
+    def _open_session(self) -> Session:
         self._session.worker.check()
         return self._session
 

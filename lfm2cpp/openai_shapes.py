@@ -27,7 +27,7 @@ def create_completion(llm: LLM, prompt: Prompt, *, stream: bool = False, echo: b
     """The dict of a text completion, or an iterator of its chunks."""
     events = llm.stream(prompt, **_ours(options))
     head = _head("cmpl", "text_completion", llm)
-    start = prompt if echo and isinstance(prompt, str) else llm.detokenize(prompt) if echo else ""
+    start = "" if not echo else prompt if isinstance(prompt, str) else llm.detokenize(prompt)
     if stream:
         return _completion_chunks(head, start, events)
     result = events.result()

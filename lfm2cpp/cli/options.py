@@ -83,8 +83,9 @@ def parse_logit_bias(entries: tuple[str, ...]) -> dict[int, float] | None:
     bias: dict[int, float] = {}
     for entry in entries:
         match = re.fullmatch(r"\s*(\d{1,10})\s*([+-].+)", entry)
+        token_id, value = match.groups() if match else ("", "")
         try:
-            bias[int(match[1])] = float(match[2]) if match else float("")
+            bias[int(token_id)] = float(value)
         except ValueError:
             raise UsageError(f"--logit-bias {ascii(entry)[:60]} is not ID+BIAS, such as 42+1.5 or 42-inf") from None
     return bias or None

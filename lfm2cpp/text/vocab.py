@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lfm2cpp.errors import ModelFormatError, UsageError
 from lfm2cpp.gguf.values import INTEGER_TYPES, Value, ValueType
@@ -92,7 +92,7 @@ class Vocab:
             self._fail(f"tokenizer.ggml.pre is {_shown(pre)}, expected {' or '.join(PRE_TOKENIZERS)}; convert it again")
         self._regex = PRE_TOKENIZERS[pre]
 
-    def _fail(self, message: str) -> Any:
+    def _fail(self, message: str) -> NoReturn:
         raise ModelFormatError(f"{self._path}: {message}") from None
 
     def _array(self, gguf: GGUFFile, key: str) -> Value | None:
