@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import time
@@ -229,6 +230,14 @@ def test_saving_over_a_file_needs_the_mark(talk: Callable[..., Any], tmp_path: P
     result = talk("hi", f"/save {path}", "hi")
     assert f"/save! {path} replaces it" in result.err and path.read_text() == "precious"
     assert result.out == "Helo!\n" * 2
+
+
+def test_saving_to_a_full_disk(talk: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("lfm2cpp.files.shutil.disk_usage", lambda path: full)
+    result = talk("hi", f"/save {tmp_path}/s.json", "again")
+    assert result.err.count("error: ") == 1 and "disk space" in result.err and result.out == "Helo!\n" * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import gguf
 import pytest
 from bigram_model import bigram_gguf, endless_gguf, piece_ids
 from cli_process import COMMAND, Cli, environment, finish, lfm2cpp, modules_imported, shell, started
+from tiny_model import Weights, tiny_gguf
 from vocab_model import golden_gguf
 
 HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
@@ -232,6 +233,22 @@ def test_bad_models(cli: Cli, arguments: list[str], code: int, message: str) -> 
 def test_no_prompt_at_all(cli: Cli, models: dict[str, Path], stdin: bytes | None) -> None:
     result = cli("run", "-m", models["hello"], stdin=stdin)
     assert result.code == 2 and "no prompt: give -p TEXT" in result.err
+
+
+def test_prompt_ids_outside_the_vocabulary(cli: Cli, models: dict[str, Path]) -> None:
+    """E6."""
+    result = cli("run", "-m", models["hello"], "--prompt-ids", "1,400")
+    assert result.code == 2 and "token id 400 is not a whole number from 0 to 399" in result.err
+
+
+def test_a_model_that_computes_nan(cli: Cli, tmp_path: Path) -> None:
+    """A27."""
+
+    def spoil(weights: Weights) -> None:
+        weights["token_embd_norm.weight"][3] = float("nan")
+
+    result = cli("run", "-m", tiny_gguf(tmp_path / "nan.gguf", edit=spoil), "-p", "hi")
+    assert result.code == 1 and result.out == "" and "error: non-finite logits" in result.err
 
 
 def test_a_broken_template_in_the_file(cli: Cli, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,8 +190,7 @@ def _completer(commands: Sequence[str]) -> Any:
 
 def open_input(commands: Sequence[str], *, history: bool, simple: bool) -> MessageInput:
     """The best input there is."""
-    streams: tuple[Callable[[], bool], ...] = tuple(
-        stream.isatty for stream in (sys.stdin, sys.stdout) if stream is not None
-    )
-    on_terminal = len(streams) == 2 and all(isatty() for isatty in streams) and os.environ.get("TERM") != "dumb"
-    return TerminalInput(commands, history=history) if on_terminal and not simple else PlainInput()
+    on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if simple or not on_terminal or os.environ.get("TERM") == "dumb":
+        return PlainInput()
+    return TerminalInput(commands, history=history)
