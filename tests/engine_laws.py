@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "types": "BF16", "n_embd": 128, "n_head": 8, "n_head_kv": 1, "n_ff": 200, "l_cache": 4, "attention": (1, 3),
     },
 }  # fmt: skip
-KV_TYPES = {"f32-attention-first": "f32"}  # f16 elsewhere
+KV_TYPES = {"f32-attention-first": "f32", "q4_0-mixed": "q8_0"}  # f16 elsewhere
 FIRST_ID, LAST_ID = 14, 300
 
 

@@ -4,6 +4,10 @@
     plan.py       records ops: kernel, arguments, buffers
     team.py       threads that replay a plan
     memory.py     all mutable state: pages of K and V, convolution states, sequences
+    sequence.py   a sequence as its user sees it
+    state_file.py a sequence in a file
     engine.py     batches of tokens in, logits out
+    batching.py   what a batch has to do: entries, steps, slices of ops
+    limits.py     how much context and memory an engine may use
     threads.py    how many threads this process should use
 """

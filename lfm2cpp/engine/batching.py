@@ -6,7 +6,8 @@ How a prompt is cut never shows in its results, so that the cuts can serve speed
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence as ListLike
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as ListLike
 from typing import TYPE_CHECKING
 
 import numpy as np
