@@ -78,6 +78,32 @@ def test_a_stop_that_came_before_changes_nothing(engine: Engine) -> None:
             assert sequence.tokens == tuple(random_ids(67)) and sequence.state.n_past == 64
 
 
+@pytest.mark.parametrize("n", [10, 64, 100, 130])
+def test_a_sequence_that_was_torn_off_twice(tmp_path: Path, n: int) -> None:
+    """A second exception may come before the first one's damage is repaired: whoever uses the sequence next does it."""
+    ids = random_ids(150)
+    uses = [
+        lambda s: None,
+        lambda s: s.truncate(max(0, n - 3)),
+        lambda s: s.reuse_prefix(ids),
+        lambda s: s.save(tmp_path / "state", force=True),
+    ]
+    with open_engine(tmp_path, "q8_0") as engine:
+        expected = fresh(engine, ids)
+        for use in uses:
+            sequence = engine.sequence()
+            engine.evaluate([(sequence, ids[:n])])
+            sequence.state.settled = False
+            sequence.state.conv.view(np.float32)[:] = 99.0
+            sequence.state.reserve(100)
+            use(sequence)
+            kept = sequence.n_past
+            assert sequence.tokens == tuple(ids[:kept])
+            assert_same_bits(run(engine, sequence, ids[kept:]), expected[kept:])
+            fork = sequence.fork()
+            assert_same_bits(run(engine, fork, [20]), fresh(engine, [*ids, 20])[-1:])
+
+
 class Strike(BaseException):
     """Raised by a signal handler, between any two lines of Python."""
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .sequence import Sequence
 
-# Between two slices of a step Python looks for a Ctrl-C. A slice is meant to take about 50 ms, the largest single op
-# 0.2 s, of a slow core (40 G multiply-adds and 10 GB a second).
+# Between two slices of a step Python looks for a Ctrl-C. A slice is meant to take about 50 ms, the longest single op
+# 0.1 s, of a slow core: 40 G multiply-adds of floats, or 100 G of bytes, and 10 GB a second.
 SLICE_MACS = 2_000_000_000
 SLICE_BYTES = 500_000_000
-ATTENTION_MACS = 8_000_000_000
+OP_MACS = 10_000_000_000
+ATTENTION_MACS = 4_000_000_000
 
 ROWS_WANTED = ("last", "all", "none")
 
@@ -35,6 +36,8 @@ class Entry:
 
     def __init__(self, sequence: Sequence, ids: list[int], logits: str) -> None:
         self.state: SequenceState = sequence.state
+        if not self.state.settled:  # torn off twice: by an exception, and by another one while that was seen to
+            self.state.settle()
         self.ids = self.state.pending + ids
         self.n_wanted = {"last": 1, "all": len(ids), "none": 0}[logits]
         self.rows: list[np.ndarray] = []
@@ -91,24 +94,30 @@ def token_list(ids: ListLike[int], n_vocab: int) -> list[int]:
     return found
 
 
-def split_steps(entries: list[Entry], n_batch: int, attention_width: int, n_threads: int) -> Iterator[list[Part]]:
-    """Steps of at most n_batch tokens, entries in order, each in as few steps as it needs.
+def step_tokens(ops: list[Op], n_batch: int, n_threads: int) -> int:
+    """Tokens of a step: n_batch, or fewer where a single op would take too long."""
+    return max(1, min(n_batch, n_threads * OP_MACS // max(1, max(op.macs for op in ops))))
+
+
+def split_steps(entries: list[Entry], n_step: int, attention_width: int, n_threads: int) -> Iterator[list[Part]]:
+    """Steps of at most n_step tokens, entries in order, each in as few and as even parts as it needs.
 
     Far into a long context a step is shorter, so that its attention stays within ATTENTION_MACS a thread;
     attention_width is the multiply-adds of a token and a key.
     """
     parts: list[Part] = []
-    room = n_batch
+    room = n_step
     for entry in entries:
         first, past = 0, entry.state.n_past
         while first < len(entry.ids):
-            affordable = n_threads * ATTENTION_MACS // (attention_width * (past + n_batch))
-            count = min(room, len(entry.ids) - first, max(affordable, 1))
+            left = len(entry.ids) - first
+            most = min(n_step, max(1, n_threads * ATTENTION_MACS // (attention_width * (past + n_step))))
+            count = min(room, -(-left // -(-left // most)))
             parts.append(Part(entry, first, count))
             first, past, room = first + count, past + count, room - count
             if room == 0 or first < len(entry.ids):
                 yield parts
-                parts, room = [], n_batch
+                parts, room = [], n_step
     if parts:
         yield parts
 

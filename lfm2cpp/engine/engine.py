@@ -23,7 +23,7 @@ from lfm2cpp.kernels import batch as at
 from lfm2cpp.kernels.library import Progress
 from lfm2cpp.kernels.widths import CHUNK_TOKENS
 
-from .batching import SLICE_BYTES, SLICE_MACS, Entry, Part, check_batch, slices, split_steps
+from .batching import SLICE_BYTES, SLICE_MACS, Entry, Part, check_batch, slices, split_steps, step_tokens
 from .limits import MAX_BATCH, MAX_THREADS, check_memory, checked, context_size, max_pages
 from .load import RopeTable, load_weights
 from .memory import KV_TYPES, PageLayout, PagePool, n_pages
@@ -99,6 +99,9 @@ class Engine:
         self._out_rows = self.plan.int32_view(int(batch[at.OUT_ROWS]))
         batch[at.TOKENS], batch[at.POSITIONS] = self._tokens.ctypes.data, self._positions.ctypes.data
         batch[at.RUN_OF], batch[at.RUNS] = self._run_of.ctypes.data, self._runs.ctypes.data
+        of_all_rows = [op for op in ops if op.args.get("count") != self.plan.out_rows]
+        few, many = (step_tokens(some, n, self.n_threads) for some in (of_all_rows, ops))
+        self._step_tokens = {"last": few, "none": few, "all": many}
         self._attention_width = 2 * self.hparams.n_embd
         macs, nbytes = sum(op.macs for op in ops), sum(op.nbytes for op in ops)
         affordable = 2 * SLICE_MACS * self.n_threads // macs if nbytes <= 4 * SLICE_BYTES else 0
@@ -147,7 +150,7 @@ class Engine:
             try:
                 for entry in entries:
                     entry.state.reserve(len(entry.ids))
-                for parts in split_steps(entries, self.n_batch, self._attention_width, self.n_threads):
+                for parts in split_steps(entries, self._step_tokens[logits], self._attention_width, self.n_threads):
                     self._step(parts, stop)
                 return [entry.result(self.n_vocab) for entry in entries]
             except BaseException:
