@@ -329,6 +329,7 @@ def test_a_full_pool_refuses_before_anything_changes(folder: Path) -> None:
         with pytest.raises(ContextError, match="all 3 pages of context memory are in use"):
             engine.evaluate([(first, random_ids(10)), (second, random_ids(70, 1))])
         assert first.n_past == 70 and second.n_past == 0
+        assert len(first.state.pages) == 2 and second.state.pages == [], "pages taken in vain are given back"
         audit(engine, [first, second])
         engine.evaluate([(first, random_ids(100, 2)[:50])])
         audit(engine, [first, second])

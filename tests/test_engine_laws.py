@@ -120,6 +120,23 @@ def test_a_saved_sequence_goes_on_as_if_it_had_never_left(
         assert_same_bits(run(engine, loaded, IDS[at:], [1]), expected[at:])
 
 
+def test_the_same_page_after_another_one_is_not_shared(folder: Path, shape: str) -> None:
+    """A page's K, V and convolution state depend on all tokens before it."""
+    left, right, common = random_ids(64, seed=20), random_ids(64, seed=21), random_ids(64, seed=22)
+    with open_engine(folder, shape) as engine:
+        for beginning in (left, right):
+            with engine.sequence() as sequence:
+                assert sequence.reuse_prefix(beginning + common + [20]) == 0
+                engine.evaluate([(sequence, beginning + common)])
+        with engine.sequence() as sequence:
+            assert sequence.reuse_prefix(common + left) == 0
+            assert sequence.reuse_prefix(right + common + [20]) == 128
+            assert_same_bits(run(engine, sequence, [20]), fresh(engine, right + common + [20])[-1:])
+            assert sequence.reuse_prefix(left + common[:30] + right) == 64
+            assert_same_bits(run(engine, sequence, common), fresh(engine, left + common)[64:])
+        audit(engine, [])
+
+
 def test_ragged_batches_equal_sequences_on_their_own(engine: Engine) -> None:
     """Prefill, decode and roll-back in one batch, sequences of every length, in steps that cut through them."""
     lengths = [1, 63, 64, 65, 130, 7]
