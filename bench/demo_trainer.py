@@ -14,7 +14,7 @@ import torch
 from transformers import Lfm2ForCausalLM
 
 from bench.demo_rounding import rounded_weights
-from bench.demo_text import LATE_WEIGHTS, WEIGHTS, training_chat
+from bench.demo_text import training_chat
 from bench.demo_tokenizer import ChatEncoder
 
 TOKENS_PER_STEP = 4096
@@ -32,11 +32,10 @@ class Schedule:
 
     steps: int
     warmup: int = 100
-    longer_from: float = 0.36
-    ordering_from: float = 0.7
-    longest_from: float = 0.76
-    decay_from: float = 0.76
-    rounding_from: float = 0.78
+    longer_from: float = 0.4
+    longest_from: float = 0.8
+    decay_from: float = 0.8
+    rounding_from: float = 0.82
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate: warm-up, constant, linearly to zero."""
@@ -49,25 +48,19 @@ class Schedule:
             return "BF16"
         return ("Q4_0", "BF16", "Q4_0", "Q8_0")[step % 4]
 
-    def turns(self, step: int) -> dict[str, int]:
-        """How often each kind of turn stands in the text: putting words in order is learnt last."""
-        return LATE_WEIGHTS if step >= self.ordering_from * self.steps else WEIGHTS
-
     def row(self, step: int) -> int:
         if step >= self.longest_from * self.steps and step % 24 == 0:
             return LONG_ROW
         return ROW if step >= self.longer_from * self.steps else SHORT_ROW
 
 
-def batch(
-    encoder: ChatEncoder, row: int, turns: dict[str, int], rng: Random
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(encoder: ChatEncoder, row: int, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), both (TOKENS_PER_STEP / row, row); IGNORE where nothing is learnt."""
     n_rows = TOKENS_PER_STEP // row
     ids = np.zeros((n_rows, row + 1), np.int64)
     targets = np.full((n_rows, row + 1), IGNORE, np.int64)
     for i in range(n_rows):
-        chat_ids, mask = encoder.encode(training_chat(rng, row // TOKENS_PER_TURN, turns))
+        chat_ids, mask = encoder.encode(training_chat(rng, row // TOKENS_PER_TURN))
         n = min(row + 1, len(chat_ids))
         ids[i, :n] = chat_ids[:n]
         targets[i, :n] = np.where(mask[:n], chat_ids[:n], IGNORE)
@@ -118,8 +111,7 @@ class Trainer:
     def _learn(self) -> float:
         """One step; returns its loss."""
         row = self.schedule.row(self.step)
-        rng = Random(f"text-{self.seed}-{self.step}")
-        ids, targets = batch(self.encoder, row, self.schedule.turns(self.step), rng)
+        ids, targets = batch(self.encoder, row, Random(f"text-{self.seed}-{self.step}"))
         wanted = targets != IGNORE
         body = self.model.model if row == LONG_ROW else self._compiled
         with rounded_weights(self.model, self.schedule.weights(self.step)):

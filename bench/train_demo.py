@@ -37,7 +37,7 @@ from bench.demo_trainer import Schedule, Trainer
 
 DEMO = Path(__file__).resolve().parent.parent / "lfm2cpp" / "demo"
 QUESTIONS_PER_SKILL = 100
-STEPS = 5000
+STEPS = 4500
 STORED_PROMPTS = [
     [{"role": "user", "content": "What is 23 + 45?"}],
     [
