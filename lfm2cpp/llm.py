@@ -43,7 +43,8 @@ class LLM:
 
     `path` is a GGUF file, or a hub id `user/repo[:quant]` when no such file exists. `n_ctx` None takes the model's
     context; memory is committed as it fills. `kv_type` is f16, f32 or q8_0. `chat_template` is Jinja source or
-    "chatml", instead of the file's. Raises ModelFormatError, ContextError or UsageError.
+    "chatml", instead of the file's. `force` loads a model that the memory does not suffice for. Raises
+    ModelFormatError, ContextError or UsageError.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class LLM:
         verbose: bool = False,
         *,
         chat_template: str | None = None,
+        force: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         from .session import Session
 
         started = time.perf_counter()
-        options = {"n_ctx": n_ctx, "n_threads": n_threads, "kv_type": kv_type, "progress": progress}
+        options = {"n_ctx": n_ctx, "n_threads": n_threads, "kv_type": kv_type, "force": force, "progress": progress}
         self._session = session = Session(_local_path(path), template=chat_template, **options)
         # Also runs at the end of the interpreter, before daemon threads are cut off in the middle of something.
         self._finalizer = weakref.finalize(self, session.close)

@@ -51,7 +51,7 @@ def load_llm(options: dict[str, Any]) -> LLM:
     try:
         return LLM(
             path, n_ctx or None, None if n_threads == -1 else n_threads, kv_type, options.pop("verbose"),
-            chat_template=template, progress=progress,
+            chat_template=template, force=options.pop("force"), progress=progress,
         )  # fmt: skip
     finally:
         progress.close()

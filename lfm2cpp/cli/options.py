@@ -50,6 +50,7 @@ def model_options(function: F) -> F:
                      help="CPU threads; -1: one a core.", show_default=True),
         click.option("-ctk", "--cache-type-k", type=str, metavar="TYPE", help="KV cache: f16 (default), f32 or q8_0."),
         click.option("-ctv", "--cache-type-v", type=str, metavar="TYPE", help="The same: K and V are of one type."),
+        click.option("--force", is_flag=True, help="Load it even if the memory does not suffice."),
         click.option("--chat-template", metavar="JINJA", help="Jinja source, or chatml, instead of the file's."),
         click.option("--chat-template-file", metavar="FILE", help="The same, from a file."),
         click.option("-v", "--verbose", is_flag=True, help="Model, seed and timings on stderr."),
