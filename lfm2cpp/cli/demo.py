@@ -74,11 +74,12 @@ def _writable_folder(folder: Path | None, cleanup: ExitStack) -> Path:
 
 
 def _load(path: Path, threads: int) -> LLM:
+    from lfm2cpp.demo.demo import KV_TYPE
     from lfm2cpp.llm import LLM
 
     progress = CompileProgress()
     try:
-        return LLM(path, n_threads=None if threads < 1 else threads, progress=progress)
+        return LLM(path, None, None if threads < 1 else threads, KV_TYPE, progress=progress)
     finally:
         progress.close()
 
