@@ -55,7 +55,11 @@ def golden_file(folder: Path, name: str) -> Path:
 
 
 def relative_rms(found: NDArray, expected: NDArray) -> float:
-    return float(np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2) / np.mean(np.square(expected, dtype=np.float64))))
+    return float(
+        np.sqrt(
+            np.mean((np.asarray(found, np.float64) - expected) ** 2) / np.mean(np.square(expected, dtype=np.float64))
+        )
+    )
 
 
 def log_softmax(x: NDArray) -> NDArray[np.float64]:
@@ -91,7 +95,9 @@ def make_golden(path: Path) -> None:
         logits = hf.logits(ids)
         for file in FILES:
             found = llama_cpp_logits(golden_file(folder, file), ids)
-            results[f"llama_cpp {file}"] = np.array([relative_rms(found, logits), mean_kl(found, logits), top_1(found, logits)])
+            results[f"llama_cpp {file}"] = np.array(
+                [relative_rms(found, logits), mean_kl(found, logits), top_1(found, logits)]
+            )
             print(file, results[f"llama_cpp {file}"], file=sys.stderr)
         greedy = hf.greedy(ids[:GREEDY_FROM], N_GREEDY)
     np.savez_compressed(path, logits=logits, greedy=greedy, **results)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence as ListLike
+from collections.abc import Iterable
+from collections.abc import Sequence as ListLike
 from pathlib import Path
 from typing import Any
 

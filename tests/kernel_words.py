@@ -1,7 +1,6 @@
 """Kernels that do nothing but say one word of the SIMD vocabulary after another; test_kernels_words.py checks them.
 
-`x` points to inputs and `out` to where results go, ROW bytes each: inputs 0..9 are random, the sources of gathers lie at
-`far`.
+`x` points to inputs and `out` to where results go, ROW bytes each; what gathers read lies at `far`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine's numbers: against transformers and llama.cpp (stored), and against the float64 reference on odd shapes."""
+"""The engine's numbers: against transformers and llama.cpp (stored), on odd shapes against the float64 reference."""
 
 from __future__ import annotations
 
@@ -139,7 +139,10 @@ def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path, norm_name: str) 
 
 def test_a_long_context(tmp_path: Path) -> None:
     """Past the first chunks of attention, and far along the rotation."""
-    path, ids = tiny_gguf(tmp_path / "m.gguf", n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_layer=2, attention=(0,)), random_ids(1300)
+    path, ids = (
+        tiny_gguf(tmp_path / "m.gguf", n_embd=64, n_head=2, n_head_kv=1, n_ff=64, n_layer=2, attention=(0,)),
+        random_ids(1300),
+    )
     expected = reference_logits(path, ids)
     found = logits_of(path, ids, kv_type="f32", n_ctx=2048, n_threads=2)
     assert relative_rms(found[-50:], expected[-50:]) < MAX_RMS_REFERENCE["F32"]

@@ -297,8 +297,8 @@ def test_bad_batches_are_refused(engine: Engine, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"n_ctx": -5}, {"n_ctx": 4097}, {"n_ctx": 10**12}, {"n_ctx": 1.5}, {"n_batch": 0}, {"n_batch": 10**9}, {"n_threads": -1},
-     {"n_threads": 10**6}, {"kv_type": "q3"}],
+    [{"n_ctx": -5}, {"n_ctx": 4097}, {"n_ctx": 10**12}, {"n_ctx": 1.5}, {"n_batch": 0}, {"n_batch": 10**9},
+     {"n_threads": -1}, {"n_threads": 10**6}, {"kv_type": "q3"}],
 )  # fmt: skip
 def test_bad_options_are_refused(folder: Path, options: dict) -> None:
     with pytest.raises(UsageError):

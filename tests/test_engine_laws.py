@@ -52,9 +52,7 @@ def test_any_chunks_equal_one_prompt(engine: Engine, expected: np.ndarray, chunk
 
 
 @pytest.mark.parametrize("n_threads", [2, 3])
-def test_threads_change_nothing(
-    folder: Path, shape: str, engine: Engine, expected: np.ndarray, n_threads: int
-) -> None:
+def test_threads_change_nothing(folder: Path, shape: str, engine: Engine, expected: np.ndarray, n_threads: int) -> None:
     with open_engine(folder, shape, n_threads=n_threads) as other, other.sequence() as sequence:
         assert_same_bits(run(other, sequence, IDS, [129, 1, 1, 5]), expected)
 

@@ -92,7 +92,7 @@ def test_a_loaded_sequence_can_do_everything(engine: Engine, saved: Path, tmp_pa
 
 
 def test_nothing_of_other_sequences_is_written(engine: Engine, tmp_path: Path) -> None:
-    """A page that another sequence has filled before is used again for a short sequence: the file holds its own only."""
+    """A page that another sequence has filled before is used again: the file holds nothing of it."""
     with engine.sequence() as sequence:
         engine.evaluate([(sequence, IDS)])
     with engine.sequence() as sequence:

@@ -1,4 +1,4 @@
-"""Random walks: sequences that grow, go back, fork, share, are saved, closed and interrupted, in a pool that is too small.
+"""Random walks: sequences grow, go back, fork, share, are saved, closed and interrupted, in a pool that is too small.
 
 After every step each result is compared, to the bit, with that of a sequence that has only ever been evaluated at once.
 """

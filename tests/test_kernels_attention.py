@@ -22,7 +22,9 @@ MARK = 0xC3  # what memory holds before
 class Layer:
     """An attention layer with pages of its own. K and V of every position of every run are known."""
 
-    def __init__(self, runs: list[tuple[int, int]], kv_type: str, n_head: int, n_head_kv: int, n_embd_head: int) -> None:
+    def __init__(
+        self, runs: list[tuple[int, int]], kv_type: str, n_head: int, n_head_kv: int, n_embd_head: int
+    ) -> None:
         self.kv_type, self.n_head, self.n_head_kv, self.n_embd_head = kv_type, n_head, n_head_kv, n_embd_head
         self.n_padded = padded_head(n_embd_head)
         self.k_offset = 64
@@ -61,7 +63,9 @@ class Layer:
         """The layer's output by the kernels, one unit a token and chunk (`split`) or one a group of tokens."""
         self.batch.split(split)
         n_chunks = -(-self.batch.deepest // CHUNK_TOKENS)
-        parts = aligned(self.batch.n_tokens * self.n_head * n_chunks * 4 * (widths.PANEL_ROWS + self.n_padded) + 4096, MARK)
+        parts = aligned(
+            self.batch.n_tokens * self.n_head * n_chunks * 4 * (widths.PANEL_ROWS + self.n_padded) + 4096, MARK
+        )
         out = guarded(np.full(self.q.shape, np.nan, np.float32))
         slack = np.zeros((self.batch.n_tokens + 8, self.q.shape[1]), np.float32)
         slack[: self.batch.n_tokens] = self.q
@@ -88,9 +92,13 @@ class Layer:
             if self.kv_type == "q8_0":
                 q, d = data[: columns * PAGE_TOKENS].view(np.int8), data[columns * PAGE_TOKENS :].view(np.float16)
                 if transposed:
-                    block = q.reshape(columns, PAGE_TOKENS).T * np.repeat(d.reshape(-1, PAGE_TOKENS).T.astype(np.float64), 32, 1)
+                    block = q.reshape(columns, PAGE_TOKENS).T * np.repeat(
+                        d.reshape(-1, PAGE_TOKENS).T.astype(np.float64), 32, 1
+                    )
                 else:
-                    block = q.reshape(PAGE_TOKENS, columns) * np.repeat(d.reshape(PAGE_TOKENS, -1).astype(np.float64), 32, 1)
+                    block = q.reshape(PAGE_TOKENS, columns) * np.repeat(
+                        d.reshape(PAGE_TOKENS, -1).astype(np.float64), 32, 1
+                    )
             else:
                 values = data.view({"f16": np.float16, "f32": np.float32}[self.kv_type]).astype(np.float64)
                 block = values.reshape(columns, PAGE_TOKENS).T if transposed else values.reshape(PAGE_TOKENS, columns)
@@ -143,7 +151,9 @@ def test_one_token_at_every_kind_of_depth(kv_type: str, past: int) -> None:
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
-@pytest.mark.parametrize("runs", [[(0, 7)], [(0, 64)], [(0, 130)], [(60, 70)], [(500, 30)], [(511, 2)], [(450, 130)], [(1020, 60)]])
+@pytest.mark.parametrize(
+    "runs", [[(0, 7)], [(0, 64)], [(0, 130)], [(60, 70)], [(500, 30)], [(511, 2)], [(450, 130)], [(1020, 60)]]
+)
 def test_a_prompt(kv_type: str, runs: list[tuple[int, int]]) -> None:
     layer = Layer(runs, kv_type, 4, 2, 32)
     found = layer.attend(split=False)
@@ -156,7 +166,8 @@ def test_a_prompt(kv_type: str, runs: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "n_embd_head"),
-    [(1, 1, 2), (3, 1, 16), (4, 4, 32), (6, 2, 96), (8, 1, 64), (5, 5, 48), (2, 1, 128), (3, 3, 2 * W + 2), (4, 2, 256)],
+    [(1, 1, 2), (3, 1, 16), (4, 4, 32), (6, 2, 96), (8, 1, 64), (5, 5, 48), (2, 1, 128), (3, 3, 2 * W + 2),
+     (4, 2, 256)],
 )  # fmt: skip
 @pytest.mark.parametrize("split", [False, True])
 def test_heads_of_any_shape(kv_type: str, n_head: int, n_head_kv: int, n_embd_head: int, split: bool) -> None:
@@ -218,7 +229,9 @@ def test_scores_far_apart(split: bool) -> None:
     found = layer.attend(split=split)
     assert np.isfinite(found).all()
     assert relative_rms(found, layer.twin()) < MAX_ARITHMETIC_ERROR
-    assert np.allclose(found[0, :64], layer.v[0][17], rtol=1e-5) and np.allclose(found[1, :64], layer.v[0][560], rtol=1e-5)
+    assert np.allclose(found[0, :64], layer.v[0][17], rtol=1e-5) and np.allclose(
+        found[1, :64], layer.v[0][560], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("runs", [[(70, 1)], [(70, 5)], [(10, 40)]])

@@ -35,7 +35,8 @@ with warnings.catch_warnings(record=True) as caught:
     library().load(["lfm2cpp.kernels.ops:quantize_rows"]) if {twice} else None
 a, b, out, count = np.float32([1, 2, 3]), np.float32([10, 20, 30]), np.zeros(3, np.float32), np.ones(1, np.int64)
 kernel(dict(a=a.ctypes.data, b=b.ctypes.data, n=3, out=out.ctypes.data, count=count.ctypes.data))
-print(out.tolist(), len(library().compiled_names), "numba" in sys.modules, len([w for w in caught if "kernels" in str(w.message)]))
+n_warnings = len([w for w in caught if "kernels" in str(w.message)])
+print(out.tolist(), len(library().compiled_names), "numba" in sys.modules, n_warnings)
 {after}
 """
 SUM = "[11.0, 22.0, 33.0]"
@@ -271,7 +272,9 @@ def test_a_changed_callee_is_compiled(cache: Path, tmp_path: Path) -> None:
     assert finish(start(cache, root=install)) == (0, False, 0), "the same sources elsewhere are the same kernels"
     portable = install / "lfm2cpp" / "kernels" / "ops.py"
     source = portable.read_text()
-    changed = source.replace("load_scalar(a + 4 * i) + load_scalar(b + 4 * i)", "load_scalar(b + 4 * i) * np.float32(1.1)")
+    changed = source.replace(
+        "load_scalar(a + 4 * i) + load_scalar(b + 4 * i)", "load_scalar(b + 4 * i) * np.float32(1.1)"
+    )
     assert changed != source
     portable.write_text(changed)
     process = start(cache, root=install)

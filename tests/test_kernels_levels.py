@@ -55,7 +55,9 @@ def imitable(cpu: str) -> bool:
 
 
 def each_cpu() -> list[object]:
-    marks = {cpu: [] if X86 and imitable(cpu) else [pytest.mark.skip(reason="this CPU cannot imitate it")] for cpu in CPUS}
+    marks = {
+        cpu: [] if X86 and imitable(cpu) else [pytest.mark.skip(reason="this CPU cannot imitate it")] for cpu in CPUS
+    }
     return [pytest.param(cpu, marks=marks[cpu]) for cpu in CPUS]
 
 
@@ -122,7 +124,9 @@ def test_a_level_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
         if host.features.issuperset(one.features):
             assert target(monkeypatch, LFM2CPP_SIMD=one.name).level == one
         else:
-            with pytest.raises(UsageError, match=f"LFM2CPP_SIMD='{one.name}' is not available on this CPU .*choose one of"):
+            with pytest.raises(
+                UsageError, match=f"LFM2CPP_SIMD='{one.name}' is not available on this CPU .*choose one of"
+            ):
                 target(monkeypatch, LFM2CPP_SIMD=one.name)
     with pytest.raises(UsageError, match="choose one of: .*generic"):
         target(monkeypatch, LFM2CPP_SIMD="mmx")

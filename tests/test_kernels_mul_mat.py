@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import gguf
 import numpy as np
@@ -37,14 +37,16 @@ class Weights:
         w = to_bf16(normal(n_rows, n, seed=seed))
         data = w.view(np.uint8).reshape(n_rows, -1) if name == "F32" else encode(w, self.kind).reshape(n_rows, -1)
         self.data = guarded(data)
-        self.float64 = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(self.kind)).reshape(n_rows, n).astype(np.float64)
+        self.float64 = (
+            gguf.quants.dequantize(data, gguf.GGMLQuantizationType(self.kind)).reshape(n_rows, n).astype(np.float64)
+        )
 
     @property
     def row_bytes(self) -> int:
         return self.data.shape[1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def weights(name: str, n_rows: int, n: int) -> Weights:
     return Weights(name, n_rows, n)
 
@@ -66,11 +68,20 @@ def quantized(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.uint8]:
     return act
 
 
-def product(w: Weights, x: NDArray[np.float32], add: NDArray[np.float32] | None = None, nth: int = 1) -> NDArray[np.float32]:
+def product(
+    w: Weights, x: NDArray[np.float32], add: NDArray[np.float32] | None = None, nth: int = 1
+) -> NDArray[np.float32]:
     """W x for each row of x, by the kernel of W's type."""
     n_tokens, n = x.shape
     out = guarded(np.full((n_tokens, w.n_rows), np.nan, np.float32))
-    common = {"w": w.data, "n_rows": w.n_rows, "n": n, "out": out, "add": 0 if add is None else add, "count": count(n_tokens)}
+    common = {
+        "w": w.data,
+        "n_rows": w.n_rows,
+        "n": n,
+        "out": out,
+        "add": 0 if add is None else add,
+        "count": count(n_tokens),
+    }
     name = KERNEL_OF[w.kind.name]
     if w.kind.name in BLOCK_TYPES:
         call(f"mul_mat:mul_mat_{name}", nth=nth, act=quantized(x), row_bytes=w.row_bytes, **common)
@@ -115,7 +126,7 @@ def table(act: NDArray[np.uint8], n: int, offset: int) -> NDArray[np.int32]:
 @pytest.mark.parametrize("n_tokens", [1, 3])
 @pytest.mark.parametrize("n", [32, 96, 512, 544, 32 * W + 32])
 def test_quantized_activations(n: int, n_tokens: int) -> None:
-    """Integers are the nearest for the scale; the scale is the largest value's at 124 to 127 steps; errors are small."""
+    """Integers are the nearest for the scale; the scale is the largest value at 124 to 127 steps; errors are small."""
     x = normal(n_tokens, n)
     if n > 32:
         x[0, :32] = 0
@@ -129,7 +140,9 @@ def test_quantized_activations(n: int, n_tokens: int) -> None:
         exact = blocks / d[:, :, None]
     found = qs.reshape(n_tokens, -1, 32)
     assert np.abs(np.nan_to_num(exact) - found).max() < 0.5001
-    assert relative_rms(found * d[:, :, None].astype(np.float64), blocks) < 1.4 * MAX_QUANTIZATION_ERROR  # of few values
+    assert (
+        relative_rms(found * d[:, :, None].astype(np.float64), blocks) < 1.4 * MAX_QUANTIZATION_ERROR
+    )  # of few values
 
 
 def test_the_scale_is_the_best_of_those_that_are_tried() -> None:
@@ -201,7 +214,7 @@ def test_one_token(name: str, n_rows: int, n: int) -> None:
         qs, d = unpack(quantized(x), n, 1)
         exact_x = qs * np.repeat(d, 32, axis=1).astype(np.float64)
     expected = exact_x @ w.float64.T
-    magnitude = np.sqrt((exact_x**2) @ (w.float64.T ** 2))  # what a sum without cancellation would be
+    magnitude = np.sqrt((exact_x**2) @ (w.float64.T**2))  # what a sum without cancellation would be
     assert np.abs(product(w, x) - expected).max() < 4 * MAX_SUM_ERROR * np.sqrt(n) * magnitude.max()
     assert np.sqrt(np.mean((product(w, x) - expected) ** 2)) < MAX_SUM_ERROR * np.sqrt(np.mean(magnitude**2)) * 3
 
@@ -274,7 +287,9 @@ def test_extreme_blocks(name: str) -> None:
     n, dtype = 512, {"Q4_0": 18, "Q4_1": 20, "Q6_K": 210, "Q8_0": 34}[name]
     n_rows = 12
     rng = np.random.default_rng(0)
-    blocks = rng.choice([0x00, 0xFF, 0x7F, 0x80, 0x88, 0x0F, 0xF0], (n_rows, n // (256 if name == "Q6_K" else 32), dtype)).astype(np.uint8)
+    blocks = rng.choice(
+        [0x00, 0xFF, 0x7F, 0x80, 0x88, 0x0F, 0xF0], (n_rows, n // (256 if name == "Q6_K" else 32), dtype)
+    ).astype(np.uint8)
     one, scale_at = np.float16(1).view(np.uint16), slice(-2, None) if name == "Q6_K" else slice(0, 2)
     blocks[..., scale_at] = np.frombuffer(one.tobytes(), np.uint8)
     if name == "Q4_1":
@@ -304,7 +319,8 @@ def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, 
     act = aligned(widths.activation_nbytes(n_rows) * (n_tokens + 8) + 4096)
     hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
     call(
-        f"swiglu:swiglu_{KERNEL_OF[name]}", nth=nth, gate=gate.data, up=up.data, row_bytes=gate.row_bytes, n_rows=n_rows,
+        f"swiglu:swiglu_{KERNEL_OF[name]}", nth=nth, gate=gate.data, up=up.data, row_bytes=gate.row_bytes,
+        n_rows=n_rows,
         n=n, x=quantized(x), hidden=hidden, act=act if widths.PANEL_ROWS == 32 else 0, count=count(n_tokens),
     )  # fmt: skip
     assert same_bits(np.ascontiguousarray(hidden), expected)

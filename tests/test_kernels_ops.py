@@ -65,7 +65,18 @@ def test_a_row_op_quantizes_what_it_writes(n_tokens: int, nth: int) -> None:
     x, weight = normal(n_tokens, n), 1 + normal(n, scale=0.1)
     out, up = np.zeros((n_tokens, n), np.float32), normal(n_tokens, n, seed=1)
     act = aligned(widths.activation_nbytes(n) * (n_tokens + 8) + 4096)
-    call("ops:rms_norm", nth=nth, x=x, weight=weight, eps=np.float32(EPS), n=n, out=out, act=act, rows=0, count=count(n_tokens))
+    call(
+        "ops:rms_norm",
+        nth=nth,
+        x=x,
+        weight=weight,
+        eps=np.float32(EPS),
+        n=n,
+        out=out,
+        act=act,
+        rows=0,
+        count=count(n_tokens),
+    )
     assert same_bits(act, quantized(out))
     act[:] = 0
     call("ops:swiglu", nth=nth, gate=x, up=up, n=n, out=out, act=act, count=count(n_tokens))
@@ -91,7 +102,11 @@ def test_swiglu(n: int, n_tokens: int, nth: int) -> None:
 
 @pytest.mark.parametrize("value", [-1e30, -200.0, -88.5, -87.0, 0.0, 87.0, 88.5, 200.0, 1e30])
 def test_silu_far_out(value: float) -> None:
-    gate, up, out = np.full((1, W + 1), value, np.float32), np.ones((1, W + 1), np.float32), np.zeros((1, W + 1), np.float32)
+    gate, up, out = (
+        np.full((1, W + 1), value, np.float32),
+        np.ones((1, W + 1), np.float32),
+        np.zeros((1, W + 1), np.float32),
+    )
     call("ops:swiglu", gate=gate, up=up, n=W + 1, out=out, act=0, count=count(1))
     expected = value if value > 0 else 0.0
     assert np.allclose(out, expected, rtol=1e-6, atol=1e-30 * max(1.0, abs(value)))
@@ -190,9 +205,12 @@ class Conv:
         return memory[offset:][: 4 * self.d_conv * self.n].view(np.float32).reshape(self.d_conv, self.n)
 
     def run(self, nth: int = 1, act: NDArray[np.uint8] | int = 0) -> dict[str, NDArray[np.float32]]:
-        rows = {name: guarded(np.full((self.batch.n_tokens, self.n), np.nan, np.float32)) for name in ("bx", "conv", "out")}
+        rows = {
+            name: guarded(np.full((self.batch.n_tokens, self.n), np.nan, np.float32)) for name in ("bx", "conv", "out")
+        }
         call(
-            "shortconv:shortconv", nth=nth, bcx=guarded(self.bcx), n=self.n, weight=guarded(self.weight), l_cache=self.l_cache,
+            "shortconv:shortconv", nth=nth, bcx=guarded(self.bcx), n=self.n, weight=guarded(self.weight),
+            l_cache=self.l_cache,
             state_offset=self.offset, snapshot_offset=self.snapshot, act=act, batch=self.batch.fields, **rows,
         )  # fmt: skip
         return rows

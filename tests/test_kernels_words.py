@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import kernel_words
 import numpy as np
@@ -21,7 +21,7 @@ PIECES = W // 4
 HAS_FMA = level.target().has_fma
 
 
-@lru_cache(maxsize=None)
+@cache
 def word_kernel(name: str) -> Kernel:
     """Compiled here: the cache does not know the sources of tests."""
     name = f"kernel_words:{name}"
@@ -193,8 +193,9 @@ def test_floats_become_the_nearest_half() -> None:
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middles = (halves[:-1] + halves[1:]) / 2
     specials = np.float32([np.inf, 65504, 65519.996, 65520, 1e30, 3e38, 0, 1e-45, 2.98e-8, 2.9802322e-8, 2.9802326e-8])
-    x = np.concatenate([halves, middles, np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(0)),
-                        specials, np.random.default_rng(0).integers(0, 2**31, 4096, np.uint32).view(np.float32)])  # fmt: skip
+    above, below = (np.nextafter(middles, np.float32(end)) for end in (np.inf, 0))
+    anything = np.random.default_rng(0).integers(0, 2**31, 4096, np.uint32).view(np.float32)
+    x = np.concatenate([halves, middles, above, below, specials, anything])
     x = np.concatenate([x, -x])
     n = len(x) // W * W
     out = np.zeros(2 * n, np.uint16)
@@ -228,7 +229,7 @@ def test_transpose_square() -> None:
     values = np.arange(W * W, dtype=np.float32).reshape(W, W)
     source[:, : 4 * W] = values.view(np.uint8).reshape(W, 4 * W)
     out = guarded(np.zeros((W, W), np.float32))
-    run(word_kernel("square"), source=guarded(source.reshape(-1)[: -12].copy()), destination=out, stride=stride)
+    run(word_kernel("square"), source=guarded(source.reshape(-1)[:-12].copy()), destination=out, stride=stride)
     assert np.array_equal(out, values.T)
 
 
@@ -255,8 +256,9 @@ def test_scalar_words() -> None:
     found = say("scalar_words", 1, x=value)[0]
     low = int(value[0])
     assert found[:40].view(np.int64).tolist() == [
-        low, int(value.view(np.int32)[0]), int(value.view(np.uint16)[0]), int(value.view(np.uint8)[0]), int(value.view(np.int8)[0]),
-    ]  # fmt: skip
+        low,
+        *(int(value.view(kind)[0]) for kind in (np.int32, np.uint16, np.uint8, np.int8)),
+    ]
     assert same_bits(found[40:44].copy(), value.view(np.uint8)[:4].copy())
     assert same_bits(found[44:47].copy(), np.concatenate([value.view(np.uint8)[:2], value.view(np.uint8)[:1]]))
     assert found[48:72].view(np.int64).tolist() == [2, -4, 4194303]

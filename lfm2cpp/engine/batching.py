@@ -1,4 +1,4 @@
-"""What one call of Engine.evaluate has to do: entries, cut into steps of at most n_batch tokens, steps into slices of ops.
+"""What one call of Engine.evaluate has to do: entries, cut into steps of a batch's tokens, steps into slices of ops.
 
 How a prompt is cut never shows in its results, so that the cuts can serve speed, memory and a prompt Ctrl-C.
 """

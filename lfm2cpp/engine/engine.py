@@ -72,7 +72,7 @@ class Engine:
         self.hparams = hp = self.facts.hparams
         self.n_vocab, self.n_ctx = hp.n_vocab, context_size(n_ctx, hp.n_ctx_train)
         if self.kv_type == "q8_0" and hp.n_embd_head % 32:
-            raise UsageError(f"KV type q8_0 needs heads of a multiple of 32, and this model's are {hp.n_embd_head}; use f16")
+            raise UsageError(f"KV type q8_0 needs heads of a multiple of 32, not {hp.n_embd_head} as here; use f16")
         self.layout = PageLayout.of(hp, self.kv_type)
         page_bytes = self.layout.page_bytes
         check_memory(self.path, self.gguf.nbytes, page_bytes * n_pages(self.n_ctx) if n_ctx else 0, force)

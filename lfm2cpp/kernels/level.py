@@ -73,7 +73,7 @@ NAMED_CPUS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class CPU:
-    """LLVM's name of a CPU, the features it has of those that levels ask for, LLVM's string of what to switch on or off."""
+    """LLVM's name of a CPU, the features it has, and LLVM's string of what to switch on or off."""
 
     name: str
     features: frozenset[str]
