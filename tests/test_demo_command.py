@@ -78,7 +78,7 @@ def test_chat_on_a_terminal(tmp_path: Path) -> None:
     for question, answer in turns.items():
         child.expect_exact(READY)
         child.send(question + "\r")
-        child.expect(rf"[\r\n]{answer}\.?\r\n")
+        child.expect(rf"\?2004l{answer}\.?\r\n")  # the editor's last word, then the answer's line
     child.expect_exact(READY)
     child.send("/exit\r")
     child.expect(pexpect.EOF)
