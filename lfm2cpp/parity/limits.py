@@ -22,7 +22,7 @@ LINEAR_RATIO = 1.5  # times the error of exact arithmetic on rounded activations
 # it is the file's own loss, the same on both sides; on the golden checkpoint llama.cpp's logits are within 0.3 % of
 # this figure for BF16, Q8_0, Q6_K and both kinds of Q4_0. The rest depends on how the roundings fall, which averages
 # out with more tokens: see `slack`. Measured for the engine over six seeds: at most 1.07 at 24 tokens, 1.17 at 2.
-FILE_RATIO = 1.05
+FILE_RATIO = 1.15
 
 # GGUF weight against the checkpoint's, for the worst row. The block types' figures are the worst that one block can
 # do: half a step, over the RMS of a block that is one outlier and near-zeros; Q4_0 also cuts the opposite extreme.
