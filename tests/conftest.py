@@ -13,8 +13,10 @@ import pytest
 # The matrices of the tests are tiny: BLAS threads would wait for each other longer than they compute.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# A shell that starts us in the background has Ctrl-C ignored, and what we start would inherit that.
+# Who starts us in the background may have Ctrl-C ignored or blocked, and what we start would inherit either.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "pthread_sigmask"):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -54,6 +54,8 @@ def lfm2cpp() -> None:
 
 def invoke(command: click.Command, prog_name: str) -> None:
     """Run a click command; an LFM2Error becomes one line on stderr and its exit code."""
+    if hasattr(signal, "pthread_sigmask"):  # who started us may have left them blocked, and we would inherit that
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays in force
