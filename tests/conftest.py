@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Who starts us in the background may have Ctrl-C ignored or blocked, and what we start would inherit either.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "pthread_sigmask"):
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,3 +44,12 @@ def compiled_kernels() -> None:
     """Every kernel in the cache, once, so that no test waits for a compilation in a terminal or against a deadline."""
     command = [sys.executable, "-m", "lfm2cpp", "warmup"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_as_before() -> Iterator[None]:
+    """A command run within the test's process sets handlers for its own life: on failure Ctrl-C is ignored from then on."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

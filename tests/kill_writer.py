@@ -48,10 +48,13 @@ def writer(target: Path, ready: int) -> None:
     try:
         invoke(save, "save")
     except SystemExit as left:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of here the interpreter would be shutting down
         from lfm2cpp.files import _remove_leftovers
 
         _remove_leftovers()  # what atexit does in a process that is no fork
         os._exit(left.code or 0)
+    except KeyboardInterrupt:
+        os._exit(130)
     finally:
         os._exit(99)
 

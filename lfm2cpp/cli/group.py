@@ -65,6 +65,7 @@ def invoke(command: click.Command, prog_name: str) -> None:
         with command.make_context(prog_name, sys.argv[1:]) as context:
             code: Any = command.invoke(context)
         sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said: too late to interrupt
     except click.exceptions.Exit as done:
         code = done.exit_code
     except LFM2Error as error:
