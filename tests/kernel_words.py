@@ -57,6 +57,10 @@ def float_words(x, out):
     store_f32(out + 16 * ROW, simd.max_lanes(a))
     store_f32(out + 17 * ROW, fma_f32(np.float32(3.0), np.float32(0.1), np.float32(-0.3)))
     simd.store_f32(out + 18 * ROW, simd.bits_to_f32(n))
+    simd.store_f32(out + 19 * ROW, simd.round_to_whole(a))
+    sums = simd.sum_lanes_4(a, b, c, a * b)
+    for i in range(4):
+        store_f32(out + 20 * ROW + 4 * i, sums[i])
 
 
 @kernel

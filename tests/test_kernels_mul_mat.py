@@ -102,18 +102,19 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
     n_blocks, stride = n // 32, widths.activation_nbytes(n)
     n_groups = -(-n_blocks // W)
     qs, d = np.zeros((n_tokens, n), np.int8), np.zeros((n_tokens, n_blocks), np.float32)
+    n_tile = 1 if n_tokens == 1 else widths.TILE_TOKENS
     for t in range(n_tokens):
-        row = act[t * stride : (t + 1) * stride]
+        tile = act[t // n_tile * n_tile * stride :]
         for b in range(n_blocks):
             if n_tokens == 1:
                 low = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16
                 high, place = low + 4 * W, b
             else:
-                place = b % W * n_groups + b // W
+                place = (b % W * n_groups + b // W) * n_tile + t % n_tile
                 low, high = 32 * place, 32 * place + 16
-            qs[t, 32 * b : 32 * b + 16] = row[low : low + 16].view(np.int8)
-            qs[t, 32 * b + 16 : 32 * b + 32] = row[high : high + 16].view(np.int8)
-            d[t, b] = row[n_groups * widths.ACT_D + 4 * place :][:4].view(np.float32)[0]
+            qs[t, 32 * b : 32 * b + 16] = tile[low : low + 16].view(np.int8)
+            qs[t, 32 * b + 16 : 32 * b + 32] = tile[high : high + 16].view(np.int8)
+            d[t, b] = tile[n_tile * n_groups * widths.ACT_D + 4 * place :][:4].view(np.float32)[0]
     return qs, d
 
 

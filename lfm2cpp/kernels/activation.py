@@ -1,23 +1,24 @@
 """Activations as int8: blocks of 32 with a float32 scale, laid out for the product that reads them.
 
 A row of n elements is cut into blocks of 32 and groups of W blocks, the last group padded with zeros. Two layouts, both
-of ACT_GROUP bytes a group:
+of ACT_GROUP bytes a group and token:
 
     one token (decode): block b of a group is piece b // 4 of vector pair b % 4, its first 16 elements in the pair's low
     vector, the others in the high one. After `sum_pieces` of the four pairs, lane b holds block b's sum, in order.
 
-    more tokens (prefill): blocks in the order in which a tile adds them up, chain by chain: the blocks b with the same
-    b % W follow each other, 32 bytes each.
+    more tokens (prefill): tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
+    through memory with one address. Blocks in the order in which they are added up, chain by chain: those with the same
+    b % W follow each other, TILE_TOKENS times 32 bytes each.
 
-Either way the tables follow, one entry a block, in group order or in chain order:
+Either way the tables follow, one entry a block (and token), in group order or in chain order:
 
-    d       float32: the scale, max|x| / levels
+    d       float32: the scale, max|x| / levels (124 to 127)
     ds      float32: d * sum of its integers, for types with a minimum
     z8      int32: -8 * sum, what Q4_0's unsigned nibbles are too large by
     z128    int32: -I8_BIAS * sum
     z32     int32, two tables: -32 * sum of the first 16 elements; of the others (Q6_K)
 
-Source of the scheme: ggml's Q8_0, with the scale chosen by best_levels and kept in float32.
+Source of the scheme: ggml's Q8_0, with the scale chosen by scale_of and kept in float32.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ from .simd import (
     max_lanes,
     maximum,
     round_to_i32,
+    round_to_whole,
     splat_f32,
     splat_i32,
     store_i8,
-    sum_lanes,
+    sum_lanes_4,
     sum_lanes_i32,
-    to_f32,
 )
-from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128
+from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, TILE_TOKENS
 
 QK = 32
-LEVELS = 127
-CANDIDATES = 4  # numbers of levels that are tried, from LEVELS down
+CANDIDATES = 4  # numbers of levels that are tried, from 127 down
+LEVELS = tuple(np.float32(127 - i) for i in range(CANDIDATES))
+LEAST = np.float32(1e-35)  # below it a scale or its inverse would not be a normal float32
+STEPS = tuple(np.float32(1) / levels for levels in LEVELS)
 
 
 @device
@@ -58,46 +61,63 @@ def decode_offset(b):
 
 @device
 def chain_index(b, n_groups):
-    """Prefill layout: the place of block b among the blocks; its integers are 32 bytes, its table entries 4."""
+    """Prefill layout: the place of block b among the blocks of a token."""
     return (b % W) * n_groups + b // W
 
 
 @device
-def best_levels(x, amax):
-    """Which of a few numbers of levels represents the 32 float32 at x with the least squared error.
-
-    Rounding errors differ from one scale to the next as if drawn anew; the best of four scales has 7 % less of them
-    than the widest one alone, which is what ggml takes.
-    """
-    best, least = np.float32(LEVELS), np.float32(np.inf)
-    if amax > 0.0:
-        for fewer in range(CANDIDATES):
-            levels = np.float32(LEVELS - fewer)
-            scale, inverse = splat_f32(amax / levels), splat_f32(levels / amax)
-            error = splat_f32(0.0)
-            for i in range(0, QK, W):
-                value = load_f32(x + 4 * i)
-                off = value - to_f32(round_to_i32(value * inverse)) * scale
-                error = fma(off, off, error)
-            total = sum_lanes(error)
-            if total < least:
-                best, least = levels, total
-    return best
+def squared_error(x, scale, inverse):
+    """Per lane: the squared error of the 32 float32 at x as whole multiples of `scale`; inverse: 1 / scale"""
+    error = splat_f32(0.0)
+    for i in range(0, QK, W):
+        value = load_f32(x + 4 * i)
+        off = fma(round_to_whole(value * splat_f32(inverse)), splat_f32(-scale), value)
+        error = fma(off, off, error)
+    return error
 
 
 @device
-def quantize_block(x, row, n_groups, b, one_token):
-    """Quantize the 32 float32 at x into block b of the activation row at `row`, in the layout for one token or more."""
+def scale_of(x, amax):
+    """The scale d for the 32 float32 at x, whose largest magnitude is amax, and 1 / d; zeros for less than LEAST.
+
+    Rounding errors differ from one scale to the next as if drawn anew; the best of four scales has 7 % less of them
+    (squared) than the widest one alone, which is what ggml takes.
+    """
+    if amax <= LEAST:
+        return np.float32(0.0), np.float32(0.0)
+    one = np.float32(1.0) / amax
+    errors = sum_lanes_4(
+        squared_error(x, amax * STEPS[0], one * LEVELS[0]),
+        squared_error(x, amax * STEPS[1], one * LEVELS[1]),
+        squared_error(x, amax * STEPS[2], one * LEVELS[2]),
+        squared_error(x, amax * STEPS[3], one * LEVELS[3]),
+    )
+    step, levels, least = STEPS[0], LEVELS[0], errors[0]
+    for i in range(1, CANDIDATES):
+        if errors[i] < least:
+            step, levels, least = STEPS[i], LEVELS[i], errors[i]
+    return amax * step, one * levels
+
+
+@device
+def quantize_block(x, act, n_groups, t, b, one_token):
+    """Quantize the 32 float32 at x into block b of token t of the rows at `act`, in the layout for one token or more."""
     peak = absolute(load_f32(x))
     for i in range(W, QK, W):
         peak = maximum(absolute(load_f32(x + 4 * i)), peak)
-    amax = max_lanes(peak)
-    levels = best_levels(x, amax)
-    d = amax / levels
-    inverse = splat_f32(levels / amax if amax > 0.0 else np.float32(0.0))
-    place = b if one_token else chain_index(b, n_groups)
-    low_qs = row + (decode_offset(b) if one_token else 32 * place)
-    high_qs = low_qs + (4 * W if one_token else 16)
+    d, scale = scale_of(x, max_lanes(peak))
+    inverse = splat_f32(scale)
+    if one_token:
+        low_qs = act + decode_offset(b)
+        high_qs = low_qs + 4 * W
+        entry = act + 4 * b
+    else:
+        tile = act + t // TILE_TOKENS * n_groups * (TILE_TOKENS * ACT_GROUP)
+        place = chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
+        low_qs = tile + 32 * place
+        high_qs = low_qs + 16
+        entry = tile + 4 * place
+        n_groups *= TILE_TOKENS
     low_sum = splat_i32(0)
     high_sum = splat_i32(0)
     for i in range(0, 16, W):
@@ -108,20 +128,19 @@ def quantize_block(x, row, n_groups, b, one_token):
         q = round_to_i32(load_f32(x + 64 + 4 * i) * inverse)
         high_sum = high_sum + q
         store_i8(high_qs + i, q)
-    write_tables(row, n_groups, place, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
+    write_tables(entry, n_groups, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
 
 
 @device
-def write_tables(row, n_groups, place, d, low, high):
-    """The scale of a block and what follows from the sums of its halves."""
-    where = row + 4 * place
+def write_tables(entry, n_groups, d, low, high):
+    """The scale of a block and what follows from the sums of its halves; entry: where the first table's would be."""
     total = low + high
-    store_f32(where + n_groups * ACT_D, d)
-    store_f32(where + n_groups * ACT_DS, d * np.float32(total))
-    store_i32(where + n_groups * ACT_Z8, -8 * total)
-    store_i32(where + n_groups * ACT_Z128, -I8_BIAS * total)
-    store_i32(where + n_groups * ACT_Z32_LOW, -32 * low)
-    store_i32(where + n_groups * ACT_Z32_HIGH, -32 * high)
+    store_f32(entry + n_groups * ACT_D, d)
+    store_f32(entry + n_groups * ACT_DS, d * np.float32(total))
+    store_i32(entry + n_groups * ACT_Z8, -8 * total)
+    store_i32(entry + n_groups * ACT_Z128, -I8_BIAS * total)
+    store_i32(entry + n_groups * ACT_Z32_LOW, -32 * low)
+    store_i32(entry + n_groups * ACT_Z32_HIGH, -32 * high)
 
 
 @device
@@ -131,6 +150,6 @@ def n_groups_of(n):
 
 
 @device
-def activation_stride(n):
-    """Bytes of one activation row of n elements."""
-    return n_groups_of(n) * ACT_GROUP
+def tile_stride(n):
+    """Bytes of a tile of activation rows of n elements."""
+    return n_groups_of(n) * (TILE_TOKENS * ACT_GROUP)

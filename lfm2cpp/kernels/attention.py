@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from .activation import activation_stride, n_groups_of, quantize_block
+from .activation import n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from . import kv
 from .kv import KVType
 from .math import exp
+from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
-from .tile import TILE_TOKENS, make_tile
-from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP
+from .widths import CHUNK_PAGES, CHUNK_TOKENS, QUERY_GROUP, TILE_TOKENS
 
 SMALL_TILE = 2
 LOWEST = -3.0e38
@@ -84,10 +84,10 @@ def finish_head(state, n_embd_head, out):
 
 
 @device
-def quantize_head(out, act, n_groups, head, n_embd_head, one_token):
+def quantize_head(out, act, n_groups, t, head, n_embd_head, one_token):
     """The blocks of one head; heads are whole blocks where `act` is given."""
     for i in range(0, n_embd_head, 32):
-        quantize_block(out + 4 * i, act, n_groups, (head * n_embd_head + i) // 32, one_token)
+        quantize_block(out + 4 * i, act, n_groups, t, (head * n_embd_head + i) // 32, one_token)
 
 
 def make_attend(n_queries: int, kv: KVType) -> Any:
@@ -163,12 +163,12 @@ def make_attention(kv: KVType) -> Any:
                 for j in range(n):
                     if valid + j > 0:
                         merge(states + (i + j) * row, parts + j * row, n_padded, chunk == 0)
-        n_groups, act_stride = n_groups_of(n_head * n_embd_head), activation_stride(n_head * n_embd_head)
+        n_groups = n_groups_of(n_head * n_embd_head)
         for i in range(count):
             at = out + (begin + i) * stride + 4 * head * n_embd_head
             finish_head(states + i * row, n_embd_head, at)
             if act:
-                quantize_head(at, act + (begin + i) * act_stride, n_groups, head, n_embd_head, False)
+                quantize_head(at, act, n_groups, begin + i, head, n_embd_head, False)
 
     def attention(q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale: F32, parts, out, act, batch,
                   scratch, scratch_bytes, work, ith, nth):  # fmt: skip
@@ -215,9 +215,10 @@ def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, 
         return
     state = scratch + ith * scratch_bytes
     row = 4 * (RESULT_HEAD + n_padded)
-    n_groups, act_stride = n_groups_of(n_head * n_embd_head), activation_stride(n_head * n_embd_head)
+    n_groups = n_groups_of(n_head * n_embd_head)
     positions, n_tokens = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * N_TOKENS)
-    for unit in range(ith, n_tokens * n_head, nth):
+    begin, end = share_of(n_tokens * n_head, ith, nth)
+    for unit in range(begin, end):
         t, head = divmod(unit, n_head)
         mine = (load_i32(positions + 4 * t) + CHUNK_TOKENS) // CHUNK_TOKENS
         for chunk in range(mine):
@@ -225,7 +226,7 @@ def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, 
         at = out + 4 * unit * n_embd_head
         finish_head(state, n_embd_head, at)
         if act:
-            quantize_head(at, act + t * act_stride, n_groups, head, n_embd_head, n_tokens == 1)
+            quantize_head(at, act, n_groups, t, head, n_embd_head, n_tokens == 1)
 
 
 attention_f16 = make_attention(kv.F16)

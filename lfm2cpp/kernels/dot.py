@@ -65,6 +65,17 @@ def dot_i8_value(builder, acc, w, a):
     return (_sdot if _NEON else _widened)(builder, acc, w, a)
 
 
+def dot_panel_i8_value(builder, acc, w, a):
+    """dot_i8_value for weights that went through panel_i8."""
+    return _vpdpbusd(builder, acc, w, a) if _VNNI else dot_i8_value(builder, acc, w, a)
+
+
+@vector_op(bytes_, bytes_)
+def panel_i8(builder, w):
+    """Signed weights as a panel holds them, used many times over: made unsigned where the product wants that"""
+    return builder.xor(w, constant(I8_VECTOR, 128)) if _VNNI else w
+
+
 @vector_op(i32, i32, bytes_, bytes_)
 def dot_u7(builder, acc, u, a):
     """acc + sum of 4 u * a within each lane; u in 0..127"""

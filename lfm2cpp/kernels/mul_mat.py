@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from .activation import activation_stride, n_groups_of
+from .activation import n_groups_of, tile_stride
 from .compiler import device, kernel
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, load_f32, prefetch, splat_f32, store_f32, transpose_square
-from .tile import TILE_TOKENS, make_tile
+from .tile import BLOCK, ENTRY, make_tile
 from .weights import q4_0, q4_1, q6_K, q8_0
+from .widths import TILE_TOKENS
 
 CHUNKS_A_THREAD = 8
 # Bytes that decode asks for ahead of what it uses. The hardware's prefetchers stop at every page of 4 KiB: on a Xeon of
@@ -127,23 +128,25 @@ def make_unpack(weights: ModuleType) -> Any:
 
 
 def make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
-    """A panel by a few tokens, for a block type."""
+    """A panel by the first n_tokens tokens of a tile, for a block type."""
     tile, panel_block = make_tile(n_tokens), weights.PANEL_BLOCK
     zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
 
     @device
-    def run_tile(panel, act, n, stride, totals):
+    def run_tile(panel, act, n, totals):
         keep_apart()
         n_groups, n_blocks = n_groups_of(n), n // 32
         for i in range(2 * n_tokens):
             store_f32(totals + i * 4 * W, splat_f32(0.0))
         for c in range(min(W, n_blocks)):
             f = zero(0)
-            place = c * n_groups
-            for b in range(c, n_blocks, W):
-                f = finish(f, panel, act + 32 * place, act + 4 * place, n_groups, stride)
+            a = act + c * n_groups * (TILE_TOKENS * BLOCK)
+            tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
+            for _ in range(c, n_blocks, W):
+                f = finish(f, panel, a, tables, TILE_TOKENS * n_groups)
                 panel += panel_block
-                place += 1
+                a += TILE_TOKENS * BLOCK
+                tables += TILE_TOKENS * ENTRY
             add_to(totals, f)
 
     return run_tile
@@ -184,22 +187,19 @@ def make_prefill(weights: ModuleType) -> Any:
     wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
 
     @device
-    def prefill_panel(w, row_bytes, n_rows, n, act, stride, out, add, row, n_tokens, scratch):
+    def prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, scratch):
         totals, ld = scratch, 4 * n_rows
         panel = totals + TILE_TOKENS * 8 * W
         rows = whole_rows(w + row * row_bytes, row_bytes, n_rows - row, panel + n // 32 * panel_block)
         unpack_panel(rows, row_bytes, n, panel)
-        t = 0
-        while t < n_tokens:
-            left = n_tokens - t
-            if left <= SMALL_TILE:
-                small(panel, act + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, left, row, n_rows)
-                t += SMALL_TILE
+        for t in range(0, n_tokens, TILE_TOKENS):
+            count = min(n_tokens - t, TILE_TOKENS)
+            if count <= SMALL_TILE:
+                small(panel, act, n, totals)
             else:
-                wide(panel, act + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, min(left, TILE_TOKENS), row, n_rows)
-                t += TILE_TOKENS
+                wide(panel, act, n, totals)
+            store_tile(totals, out, add, ld, t, count, row, n_rows)
+            act += tile_stride(n)
 
     return prefill_panel
 
@@ -225,10 +225,9 @@ def make_mul_mat(weights: ModuleType) -> Any:
                 decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, mine)
                 first = atomic_add(work, 1) * step
             return
-        stride = activation_stride(n)
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
-            prefill_panel(w, row_bytes, n_rows, n, act, stride, out, add, row, n_tokens, mine)
+            prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, mine)
             row = atomic_add(work, 1) * (2 * W)
 
     return kernel(mul_mat)

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .compiler import device, kernel
 from .mul_mat import PREFETCH, rows_of_chunk, store_rows
+from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, fma, load_f32, prefetch, splat_f32, store_f32, transpose_square
-from .tile import TILE_TOKENS, make_tile
+from .tile import ENTRY, make_tile
 from .weights import floats
+from .widths import TILE_TOKENS
 
 RUN = 2 * W  # columns that advance both chains of every lane by one
 SMALL_TILE = 2
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
+
+
+STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
 
 
 @device
@@ -27,21 +34,31 @@ def runs_of(n):
     return (n + RUN - 1) // RUN
 
 
+@device
+def tile_stride(n):
+    """Bytes of a tile of chained rows of n elements."""
+    return runs_of(n) * (RUN * STEP)
+
+
 @kernel
 def chain_rows(x, n, chained, count, ith, nth):
-    """Copy float32 rows chain by chain, for prefill: chained[t, 2 lane + odd, m] = x[t, m RUN + odd W + lane]."""
-    n_tokens = load_i64(count)
+    """Copy float32 rows for prefill, chain by chain, the tokens of a tile side by side:
+
+    chained[t // TILE_TOKENS, 2 lane + odd, m, t % TILE_TOKENS] = x[t, m RUN + odd W + lane], zero from n on
+    """
+    n_tokens, runs = load_i64(count), runs_of(n)
     if n_tokens == 1:
         return
-    runs = runs_of(n)
-    for t in range(ith, n_tokens, nth):
+    begin, end = share_of(n_tokens, ith, nth)
+    for t in range(begin, end):
         row = x + 4 * t * n
-        out = chained + 4 * t * runs * RUN
-        for k in range(runs * RUN):
-            m, column = divmod(k, RUN)
-            odd, lane = divmod(column, W)
-            value = load_scalar(row + 4 * k) if k < n else 0.0
-            store_scalar(out + 4 * ((2 * lane + odd) * runs + m), value)
+        out = chained + t // TILE_TOKENS * tile_stride(n) + t % TILE_TOKENS * ENTRY
+        for m in range(runs):
+            for odd in range(2):
+                first = m * RUN + odd * W
+                for lane in range(W):
+                    value = load_scalar(row + 4 * (first + lane)) if first + lane < n else np.float32(0.0)
+                    store_scalar(out + ((2 * lane + odd) * runs + m) * STEP, value)
 
 
 def make_row_sums(weights: floats.FloatWeights) -> Any:
@@ -132,27 +149,27 @@ def make_run_tile(n_tokens: int) -> Any:
     zero, step, add, add_to = tile.zero, tile.fma, tile.add, tile.add_to
 
     @device
-    def run_chain(panel, x, runs, stride):
+    def run_chain(panel, x, runs):
         f = zero(0)
         for m in range(0, runs - UNROLL + 1, UNROLL):
             for i in range(UNROLL):
-                f = step(f, panel + (m + i) * 8 * W, x + 4 * (m + i), stride)
+                f = step(f, panel + (m + i) * 8 * W, x + (m + i) * STEP, ENTRY)
         for m in range(runs // UNROLL * UNROLL, runs):
-            f = step(f, panel + m * 8 * W, x + 4 * m, stride)
+            f = step(f, panel + m * 8 * W, x + m * STEP, ENTRY)
         return f
 
     @device
-    def run_tile(panel, x, n, stride, totals):
+    def run_tile(panel, x, n, totals):
         keep_apart()
         runs = runs_of(n)
         for i in range(2 * n_tokens):
             store_f32(totals + i * 4 * W, splat_f32(0.0))
         for lane in range(W):
-            even = run_chain(panel, x, runs, stride)
-            odd = run_chain(panel + runs * 8 * W, x + 4 * runs, runs, stride)
+            even = run_chain(panel, x, runs)
+            odd = run_chain(panel + runs * 8 * W, x + runs * STEP, runs)
             add_to(totals, add(even, odd))
             panel += 2 * runs * 8 * W
-            x += 8 * runs
+            x += 2 * runs * STEP
 
     return run_tile
 
@@ -176,19 +193,15 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
         totals = scratch
         square = totals + TILE_TOKENS * 8 * W
         panel = square + 4 * W * (2 * W + 1)
-        stride = 4 * runs_of(n) * RUN
         unpack_panel(w + row * n * size, n, panel, square)
-        t = 0
-        while t < n_tokens:
-            left = n_tokens - t
-            if left <= SMALL_TILE:
-                small(panel, chained + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, left, row)
-                t += SMALL_TILE
+        for t in range(0, n_tokens, TILE_TOKENS):
+            count = min(n_tokens - t, TILE_TOKENS)
+            if count <= SMALL_TILE:
+                small(panel, chained, n, totals)
             else:
-                wide(panel, chained + t * stride, n, stride, totals)
-                store_tile(totals, out, add, ld, t, min(left, TILE_TOKENS), row)
-                t += TILE_TOKENS
+                wide(panel, chained, n, totals)
+            store_tile(totals, out, add, ld, t, count, row)
+            chained += tile_stride(n)
 
     return prefill_panel
 

@@ -1,14 +1,15 @@
 """Row ops between the matrix products: norms, SwiGLU, sums. Rows are float32; n is their width.
 
 Where a product with block weights follows, an op also leaves the quantized row (`act` not 0), so that no op of its own
-is needed. One token's row is shared out among the threads, several tokens are dealt whole.
+is needed. One token's row is shared out among the threads; of several tokens each thread takes a run, so that no two
+threads write into the same cache lines of a tile of quantized rows.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .activation import activation_stride, n_groups_of, quantize_block
+from .activation import n_groups_of, quantize_block
 from .compiler import F32, device, kernel
 from .math import silu
 from .scalar import load_f32 as load_scalar
@@ -28,21 +29,29 @@ def segment_of(n, ith, nth):
 
 
 @device
-def quantize_part(x, act, n_groups, first, last, one_token):
+def share_of(n, ith, nth):
+    """This thread's run of n tokens: (first, last)."""
+    return n * ith // nth, n * (ith + 1) // nth
+
+
+@device
+def quantize_part(x, act, n_groups, t, first, last, one_token):
+    """Elements first .. last - 1 of token t, whose row is at x."""
     for k in range(first, last, SEGMENT):
-        quantize_block(x + 4 * k, act, n_groups, k // SEGMENT, one_token)
+        quantize_block(x + 4 * k, act, n_groups, t, k // SEGMENT, one_token)
 
 
 @kernel
 def quantize_rows(x, n, act, count, ith, nth):
     """float32 rows x: (n_tokens, n) -> quantized activation rows"""
-    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    n_tokens, n_groups = load_i64(count), n_groups_of(n)
     if n_tokens == 1:
         first, last = segment_of(n, ith, nth)
-        quantize_part(x, act, n_groups, first, last, True)
+        quantize_part(x, act, n_groups, 0, first, last, True)
         return
-    for t in range(ith, n_tokens, nth):
-        quantize_part(x + 4 * t * n, act + t * stride, n_groups, 0, n, False)
+    begin, end = share_of(n_tokens, ith, nth)
+    for t in range(begin, end):
+        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, False)
 
 
 @device
@@ -76,14 +85,15 @@ def scale_part(x, weight, scale, out, first, last):
 @kernel
 def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
     """out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); with `rows`, of the tokens whose indices (int32) are there."""
-    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    n_tokens, n_groups = load_i64(count), n_groups_of(n)
     first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
-    for t in range(ith if n_tokens > 1 else 0, n_tokens, nth if n_tokens > 1 else 1):
+    begin, end = share_of(n_tokens, ith, nth) if n_tokens > 1 else (0, n_tokens)
+    for t in range(begin, end):
         row = x + 4 * n * (load_i32(rows + 4 * t) if rows else t)
         below = out + 4 * n * t
         scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
         if act:
-            quantize_part(below, act + t * stride, n_groups, first, last, n_tokens == 1)
+            quantize_part(below, act, n_groups, t, first, last, n_tokens == 1)
 
 
 @device
@@ -99,18 +109,19 @@ def swiglu_part(gate, up, out, first, last):
 @kernel
 def swiglu(gate, up, n, out, act, count, ith, nth):
     """out[t] = silu(gate[t]) * up[t]"""
-    n_tokens, n_groups, stride = load_i64(count), n_groups_of(n), activation_stride(n)
+    n_tokens, n_groups = load_i64(count), n_groups_of(n)
     first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
-    for t in range(ith if n_tokens > 1 else 0, n_tokens, nth if n_tokens > 1 else 1):
+    begin, end = share_of(n_tokens, ith, nth) if n_tokens > 1 else (0, n_tokens)
+    for t in range(begin, end):
         row = 4 * n * t
         swiglu_part(gate + row, up + row, out + row, first, last)
         if act:
-            quantize_part(out + row, act + t * stride, n_groups, first, last, n_tokens == 1)
+            quantize_part(out + row, act, n_groups, t, first, last, n_tokens == 1)
 
 
 @kernel
 def add(a, b, n, out, count, ith, nth):
     """out = a + b, rows of n"""
-    for t in range(ith, load_i64(count), nth):
-        for i in range(t * n, (t + 1) * n):
-            store_scalar(out + 4 * i, load_scalar(a + 4 * i) + load_scalar(b + 4 * i))
+    begin, end = share_of(load_i64(count), ith, nth)
+    for i in range(begin * n, end * n):
+        store_scalar(out + 4 * i, load_scalar(a + 4 * i) + load_scalar(b + 4 * i))

@@ -7,19 +7,28 @@ from typing import Any
 from . import kv
 from .batch import N_TOKENS, POSITIONS, RUN_FIELDS, RUN_OF, RUN_PAGES, RUNS
 from .compiler import F32, device, kernel
-from .ops import inverse_rms
-from .scalar import load_f32, load_i32, load_i64, store_f32
+from .ops import inverse_rms, scale_part, share_of
+from .scalar import load_f32 as load_scalar
+from .scalar import load_i32, load_i64
+from .scalar import store_f32 as store_scalar
+from .simd import W, load_f32, store_f32
 from .widths import PAGE_TOKENS
 
 
 @device
 def rotate(x, table, half, out):
     """out = x rotated; table holds half cosines, then half sines, of one position"""
-    for i in range(half):
-        a, b = load_f32(x + 4 * i), load_f32(x + 4 * (i + half))
-        cos, sin = load_f32(table + 4 * i), load_f32(table + 4 * (i + half))
-        store_f32(out + 4 * i, a * cos - b * sin)
-        store_f32(out + 4 * (i + half), b * cos + a * sin)
+    whole, other = half // W * W, 4 * half
+    for i in range(0, 4 * whole, 4 * W):
+        a, b = load_f32(x + i), load_f32(x + i + other)
+        cos, sin = load_f32(table + i), load_f32(table + i + other)
+        store_f32(out + i, a * cos - b * sin)
+        store_f32(out + i + other, b * cos + a * sin)
+    for i in range(4 * whole, 4 * half, 4):
+        a, b = load_scalar(x + i), load_scalar(x + i + other)
+        cos, sin = load_scalar(table + i), load_scalar(table + i + other)
+        store_scalar(out + i, a * cos - b * sin)
+        store_scalar(out + i + other, b * cos + a * sin)
 
 
 @kernel
@@ -29,12 +38,10 @@ def norm_rope(x, weight, eps: F32, n_head, n_embd_head, table, normed, out, batc
     table: (n_ctx, n_embd_head) float32, cosines then sines of every position; it follows HF's float32 arithmetic.
     """
     positions = load_i64(batch + 8 * POSITIONS)
-    for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head, nth):
+    begin, end = share_of(load_i64(batch + 8 * N_TOKENS) * n_head, ith, nth)
+    for unit in range(begin, end):
         head = 4 * unit * n_embd_head
-        scale = inverse_rms(x + head, n_embd_head, eps)
-        for i in range(n_embd_head):
-            where = head + 4 * i
-            store_f32(normed + where, load_f32(weight + 4 * i) * (load_f32(x + where) * scale))
+        scale_part(x + head, weight, inverse_rms(x + head, n_embd_head, eps), normed + head, 0, n_embd_head)
         position = load_i32(positions + 4 * (unit // n_head))
         rotate(normed + head, table + 4 * position * n_embd_head, n_embd_head // 2, out + head)
 
@@ -49,7 +56,8 @@ def make_store_kv(kv_type: kv.KVType) -> Any:
         """
         positions, run_of = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * RUN_OF)
         runs = load_i64(batch + 8 * RUNS)
-        for unit in range(ith, load_i64(batch + 8 * N_TOKENS) * n_head_kv, nth):
+        begin, end = share_of(load_i64(batch + 8 * N_TOKENS) * n_head_kv, ith, nth)
+        for unit in range(begin, end):
             t, head = divmod(unit, n_head_kv)
             run = runs + 8 * RUN_FIELDS * load_i32(run_of + 4 * t)
             page, slot = divmod(load_i32(positions + 4 * t), PAGE_TOKENS)

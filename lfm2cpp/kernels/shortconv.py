@@ -7,10 +7,10 @@ sequence can be taken back to any page end.
 
 from __future__ import annotations
 
-from .activation import activation_stride, n_groups_of, quantize_block
+from .activation import n_groups_of
 from .batch import N_RUNS, N_TOKENS, RUN_CONV, RUN_FIELDS, RUN_FIRST, RUN_PAGES, RUN_PAST, RUN_TOKENS, RUNS
 from .compiler import device, kernel
-from .ops import SEGMENT
+from .ops import quantize_part, segment_of
 from .scalar import load_f32 as load_scalar
 from .scalar import load_i64
 from .scalar import store_f32 as store_scalar
@@ -80,8 +80,8 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
     bx and conv (0 for none) keep B * X and its convolution. Offsets say where this layer's columns lie in a sequence's
     state and in a page. Threads share out the channels, so that a sequence's tokens follow each other in one thread.
     """
-    d_conv, n_groups, stride = l_cache - 1, n_groups_of(n), activation_stride(n)
-    segments = (n + SEGMENT - 1) // SEGMENT
+    d_conv, n_groups = l_cache - 1, n_groups_of(n)
+    first, last = segment_of(n, ith, nth)
     one_token = load_i64(batch + 8 * N_TOKENS) == 1
     for r in range(load_i64(batch + 8 * N_RUNS)):
         run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
@@ -89,17 +89,15 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
         past, pages = load_i64(run + 8 * RUN_PAST), load_i64(run + 8 * RUN_PAGES)
         state = load_i64(run + 8 * RUN_CONV) + state_offset
         rows = bcx + 12 * begin * n
-        for segment in range(segments * ith // nth, segments * (ith + 1) // nth):
-            first, last = segment * SEGMENT, min(n, (segment + 1) * SEGMENT)
-            for t in range(n_tokens):
-                row = 4 * (begin + t) * n
-                conv_channels(
-                    rows, n, weight, d_conv, state, t, first, last,
-                    bx + row if bx else 0, conv + row, out + row,
-                )  # fmt: skip
-                if act:
-                    quantize_block(out + row + 4 * first, act + (begin + t) * stride, n_groups, segment, one_token)
-                if (past + t + 1) % PAGE_TOKENS == 0:
-                    page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
-                    save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)
-            save_columns(rows, n, state, d_conv, n_tokens - 1, first, last, state)
+        for t in range(n_tokens):
+            row = 4 * (begin + t) * n
+            conv_channels(
+                rows, n, weight, d_conv, state, t, first, last,
+                bx + row if bx else 0, conv + row, out + row,
+            )  # fmt: skip
+            if act:
+                quantize_part(out + row, act, n_groups, begin + t, first, last, one_token)
+            if (past + t + 1) % PAGE_TOKENS == 0:
+                page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
+                save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)
+        save_columns(rows, n, state, d_conv, n_tokens - 1, first, last, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .activation import activation_stride, n_groups_of, quantize_block
+from .activation import n_groups_of, quantize_block, tile_stride
 from .compiler import device, kernel
 from .math import silu
 from .mul_mat import (
@@ -25,23 +25,23 @@ from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, load_f32, store_f32
-from .tile import TILE_TOKENS
 from .weights import q4_0, q4_1, q6_K, q8_0
+from .widths import TILE_TOKENS
 
 ROWS = 2 * W  # rows that are finished together
 SUMS = 4 * ROWS  # bytes of one token's sums of them
 
 
 @device
-def finish_rows(gate, up, hidden, act, n_groups, row, n_rows, one_token):
-    """hidden = silu(gate) * up for ROWS rows from `row` on, all three at SUMS bytes; then their block of `act`."""
+def finish_rows(gate, up, hidden, act, n_groups, t, row, n_rows, one_token):
+    """hidden = silu(gate) * up for ROWS rows of token t from `row` on; then their block of `act`."""
     for i in range(0, SUMS, 4 * W):
         store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
     if act:
-        quantize_block(gate, act, n_groups, row // 32, one_token)
+        quantize_block(gate, act, n_groups, t, row // 32, one_token)
     if hidden:
         for i in range(0, 4 * min(ROWS, n_rows - row), 4):
-            store_scalar(hidden + 4 * row + i, load_scalar(gate + i))
+            store_scalar(hidden + 4 * (t * n_rows + row) + i, load_scalar(gate + i))
 
 
 def make_decode_swiglu(weights: ModuleType) -> Any:
@@ -57,7 +57,7 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
             count = min(ROWS, n_rows - row)
             decode_rows(gate + row * row_bytes, row_bytes, count, n, x, gate_sums, 0, 0, count, scratch)
             decode_rows(up + row * row_bytes, row_bytes, count, n, x, up_sums, 0, 0, count, scratch)
-            finish_rows(gate_sums, up_sums, hidden, act, n_groups, row, n_rows, True)
+            finish_rows(gate_sums, up_sums, hidden, act, n_groups, 0, row, n_rows, True)
 
     return decode_swiglu
 
@@ -76,24 +76,18 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
         spare = up_panel + n // 32 * panel_block
         for w, panel in ((gate, gate_panel), (up, up_panel)):
             unpack_panel(whole_rows(w + row * row_bytes, row_bytes, n_rows - row, spare), row_bytes, n, panel)
-        stride, act_stride, n_groups = activation_stride(n), activation_stride(n_rows), n_groups_of(n_rows)
-        t = 0
-        while t < n_tokens:
-            at, left = x + t * stride, n_tokens - t
-            if left <= SMALL_TILE:
-                small(gate_panel, at, n, stride, gate_sums)
-                small(up_panel, at, n, stride, up_sums)
-                count, step = left, SMALL_TILE
+        n_groups = n_groups_of(n_rows)
+        for t in range(0, n_tokens, TILE_TOKENS):
+            count = min(n_tokens - t, TILE_TOKENS)
+            if count <= SMALL_TILE:
+                small(gate_panel, x, n, gate_sums)
+                small(up_panel, x, n, up_sums)
             else:
-                wide(gate_panel, at, n, stride, gate_sums)
-                wide(up_panel, at, n, stride, up_sums)
-                count, step = min(left, TILE_TOKENS), TILE_TOKENS
+                wide(gate_panel, x, n, gate_sums)
+                wide(up_panel, x, n, up_sums)
             for i in range(count):
-                finish_rows(
-                    gate_sums + i * SUMS, up_sums + i * SUMS, hidden + 4 * (t + i) * n_rows if hidden else 0,
-                    act + (t + i) * act_stride if act else 0, n_groups, row, n_rows, False,
-                )  # fmt: skip
-            t += step
+                finish_rows(gate_sums + i * SUMS, up_sums + i * SUMS, hidden, act, n_groups, t + i, row, n_rows, False)
+            x += tile_stride(n)
 
     return prefill_swiglu
 

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .dot import dot_i8_value, dot_u7_value
+from .dot import dot_panel_i8_value, dot_u7_value
 from .portable import half_to_float, multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import (
@@ -21,7 +21,6 @@ from .simd.registers import (
     I8_LANES,
     I8_VECTOR,
     I32_VECTOR,
-    LEVEL,
     W,
     f32,
     i32,
@@ -32,26 +31,25 @@ from .vector import splat, vector_op
 
 int64 = types.int64
 VECTOR = 4 * W  # bytes of a vector
-
-# Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
-TILE_TOKENS = 6 if LEVEL.bits in (128, 512) and LEVEL.name != "generic" else 3
+BLOCK, ENTRY = 32, 4  # bytes between two tokens of a tile: of a block's integers, of a table's entries
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The words of a tile of one width. `stride` is the bytes between two tokens' rows."""
+    """The words of a tile of one width. Quantized activations lie as activation.py says; `stride` is the bytes between
+    two tokens' rows of float32."""
 
     n_tokens: int
     zero: Any  # () -> float tile of zeros
     zero_int: Any  # () -> integer tile of zeros
-    start: Any  # (z, stride) -> integer tile, each token's int32 at z + t * stride
-    dot_u7: Any  # (acc, panel, a, stride) -> acc + 32 columns of unsigned weights, int8 activations
-    dot_i8: Any  # the same for signed weights
-    dot_u7_half: Any  # (acc, panel, a, stride) -> acc + 16 columns
-    scale: Any  # (f, acc, scales, d, stride) -> f + acc * (scales * d[t])
-    add_product: Any  # (f, values, ds, stride) -> f + values * ds[t]
+    start: Any  # (z) -> integer tile, each token's int32
+    dot_u7: Any  # (acc, panel, a) -> acc + 32 columns of unsigned weights, int8 activations
+    dot_i8: Any  # the same for signed weights, stored by panel_i8
+    dot_u7_half: Any  # (acc, panel, a) -> acc + 16 columns
+    scale: Any  # (f, acc, scales, d) -> f + acc * (scales * d[t])
+    add_product: Any  # (f, values, ds) -> f + values * ds[t]
     combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
-    scale_float: Any  # (f, sums, scales, d, stride) -> f + sums * (scales * d[t])
+    scale_float: Any  # (f, sums, scales, d) -> f + sums * (scales * d[t])
     fma: Any  # (f, rows, x, stride) -> f + rows * x[t]; rows of the element given to make_tile
     fma_scaled: Any  # (f, rows, scale, x, stride) -> f + (rows * scale) * x[t]
     add_scaled: Any  # (f, g, scales) -> f + g * scales; scales: 2 W float16
@@ -121,41 +119,43 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def zero_int(builder, _):
         return pack(builder, [ir.Constant(I32_VECTOR, None)] * count)
 
-    @vector_op(ints, int64, int64)
-    def start(builder, z, stride):
-        return pack(builder, broadcast(builder, z, stride, I32) * 2)
+    def entries(builder: ir.IRBuilder, table: ir.Value, element: ir.Type) -> list[ir.Value]:
+        return broadcast(builder, table, ir.Constant(I64, ENTRY), element)
+
+    @vector_op(ints, int64)
+    def start(builder, z):
+        return pack(builder, entries(builder, z, I32) * 2)
 
     def dots(n_steps: int, dot: Any) -> Any:
-        @vector_op(ints, ints, int64, int64, int64)
-        def steps(builder, acc, panel, a, stride):
+        @vector_op(ints, ints, int64, int64)
+        def steps(builder, acc, panel, a):
             for step in range(n_steps):
                 rows = halves(builder, builder.add(panel, ir.Constant(I64, step * 2 * VECTOR)), I8_VECTOR)
-                tokens = broadcast(builder, builder.add(a, ir.Constant(I64, 4 * step)), stride, I32)
+                tokens = broadcast(builder, builder.add(a, ir.Constant(I64, 4 * step)), ir.Constant(I64, BLOCK), I32)
                 tokens = [builder.bitcast(token, I8_VECTOR) for token in tokens]
                 acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
             return acc
 
         return steps
 
-    def scaled(builder: ir.IRBuilder, f: ir.Value, sums: list[ir.Value], scales: Any, d: Any, stride: Any) -> ir.Value:
-        rows = halves(builder, scales, F32_VECTOR)
-        tokens = broadcast(builder, d, stride, FLOAT)
+    def scaled(builder: ir.IRBuilder, f: ir.Value, sums: list[ir.Value], scales: ir.Value, d: ir.Value) -> ir.Value:
+        rows, tokens = halves(builder, scales, F32_VECTOR), entries(builder, d, FLOAT)
         numbers = iter(sums)
         return outer(builder, f, rows, tokens,
                      lambda s, w, x: multiply_add(builder, next(numbers), builder.fmul(w, x), s))  # fmt: skip
 
-    @vector_op(floats, floats, ints, int64, int64, int64)
-    def scale(builder, f, acc, scales, d, stride):
+    @vector_op(floats, floats, ints, int64, int64)
+    def scale(builder, f, acc, scales, d):
         sums = [builder.sitofp(value, F32_VECTOR) for value in unpack(builder, acc)]
-        return scaled(builder, f, sums, scales, d, stride)
+        return scaled(builder, f, sums, scales, d)
 
-    @vector_op(floats, floats, floats, int64, int64, int64)
-    def scale_float(builder, f, sums, scales, d, stride):
-        return scaled(builder, f, unpack(builder, sums), scales, d, stride)
+    @vector_op(floats, floats, floats, int64, int64)
+    def scale_float(builder, f, sums, scales, d):
+        return scaled(builder, f, unpack(builder, sums), scales, d)
 
-    @vector_op(floats, floats, int64, int64, int64)
-    def add_product(builder, f, values, ds, stride):
-        rows, tokens = halves(builder, values, F32_VECTOR), broadcast(builder, ds, stride, FLOAT)
+    @vector_op(floats, floats, int64, int64)
+    def add_product(builder, f, values, ds):
+        rows, tokens = halves(builder, values, F32_VECTOR), entries(builder, ds, FLOAT)
         return outer(builder, f, rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
 
     @vector_op(floats, ints, int64, ints, int64)
@@ -208,7 +208,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return Tile(
-        n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_i8_value), dots(4, dot_u7_value),
+        n_tokens, zero, zero_int, start, dots(8, dot_u7_value), dots(8, dot_panel_i8_value), dots(4, dot_u7_value),
         scale, add_product, combine, scale_float, fma, fma_scaled, add_scaled, store, add, add_to,
     )  # fmt: skip
 

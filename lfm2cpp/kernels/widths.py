@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from . import level
 
-W = level.target().level.lanes
+_LEVEL = level.target().level
+W = _LEVEL.lanes
+# Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
+TILE_TOKENS = 6 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 3
 
-# Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups (activation.py).
+# Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
+# rows by TILE_TOKENS as well (activation.py).
 ACT_D = 32 * W
 ACT_DS = 36 * W
 ACT_Z8 = 40 * W

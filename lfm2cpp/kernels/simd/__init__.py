@@ -40,6 +40,9 @@ from .arithmetic import (
     round_to_i32 as round_to_i32,
 )
 from .arithmetic import (
+    round_to_whole as round_to_whole,
+)
+from .arithmetic import (
     splat_4_bytes as splat_4_bytes,
 )
 from .arithmetic import (
@@ -77,6 +80,9 @@ from .lanes import (
 )
 from .lanes import (
     sum_lanes as sum_lanes,
+)
+from .lanes import (
+    sum_lanes_4 as sum_lanes_4,
 )
 from .lanes import (
     sum_lanes_i32 as sum_lanes_i32,

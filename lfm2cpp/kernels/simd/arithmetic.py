@@ -79,6 +79,13 @@ def round_to_i32(builder, a):
     return builder.sub(bits, constant(I32_VECTOR, 0x4B400000))
 
 
+@vector_op(f32, f32)
+def round_to_whole(builder, a):
+    """To the nearest whole number, ties to even; |a| < 2**22"""
+    magic = constant(F32_VECTOR, 12582912.0)
+    return builder.fsub(builder.fadd(a, magic), magic)
+
+
 @vector_op(f32, i32)
 def bits_to_f32(builder, a):
     """Reinterpret"""

@@ -7,8 +7,8 @@
                                acc + the products of the group at w with group g of an activation row, lane = block
     unpack_block(w, row_bytes, b, panel)
                                block b (32 columns) of PANEL_ROWS rows, interleaved for the tile
-    finish_block(tile, f, acc, panel, act, n_groups, b, stride)
-                               f + scaled integer sums of a tile; the same float operations as dot_group's
+    finish_block(tile)         finish(f, panel, a, tables, n_groups): f + scaled integer sums of a tile; the same float
+                               operations as dot_group's
     dequantize_block(w, out)   BLOCK float32
 
 and a scalar type only load(address) -> W float32 and SIZE. mul_mat.py and get_rows.py do the rest.

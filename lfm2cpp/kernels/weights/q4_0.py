@@ -41,9 +41,9 @@ def finish_block(tile):
     start, dot, scale = tile.start, tile.dot_u7, tile.scale
 
     @device
-    def finish(f, panel, a, tables, n_groups, stride):
-        acc = dot(start(tables + n_groups * ACT_Z8, stride), panel, a, stride)
-        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D, stride)
+    def finish(f, panel, a, tables, n_groups):
+        acc = dot(start(tables + n_groups * ACT_Z8), panel, a)
+        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D)
 
     return finish
 

@@ -42,9 +42,9 @@ def finish_block(tile):
     zero, dot, scale, add_product = tile.zero_int, tile.dot_u7, tile.scale, tile.add_product
 
     @device
-    def finish(f, panel, a, tables, n_groups, stride):
-        f = scale(f, dot(zero(0), panel, a, stride), panel + 64 * W, tables + n_groups * ACT_D, stride)
-        return add_product(f, panel + 72 * W, tables + n_groups * ACT_DS, stride)
+    def finish(f, panel, a, tables, n_groups):
+        f = scale(f, dot(zero(0), panel, a), panel + 64 * W, tables + n_groups * ACT_D)
+        return add_product(f, panel + 72 * W, tables + n_groups * ACT_DS)
 
     return finish
 

@@ -123,11 +123,11 @@ def finish_block(tile):
     start, dot, combine, scale = tile.start, tile.dot_u7_half, tile.combine, tile.scale_float
 
     @device
-    def finish(f, panel, a, tables, n_groups, stride):
-        low = dot(start(tables + n_groups * ACT_Z32_LOW, stride), panel, a, stride)
-        high = dot(start(tables + n_groups * ACT_Z32_HIGH, stride), panel + 32 * W, a + 16, stride)
+    def finish(f, panel, a, tables, n_groups):
+        low = dot(start(tables + n_groups * ACT_Z32_LOW), panel, a)
+        high = dot(start(tables + n_groups * ACT_Z32_HIGH), panel + 32 * W, a + 16)
         sums = combine(low, panel + LOW_SCALES, high, panel + HIGH_SCALES)  # exact: below 2**24
-        return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D, stride)
+        return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D)
 
     return finish
 

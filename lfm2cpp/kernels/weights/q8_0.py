@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
-from lfm2cpp.kernels.dot import dot_i8
+from lfm2cpp.kernels.dot import dot_i8, panel_i8
 from lfm2cpp.kernels.scalar import load_f16, load_i8, store_f32
 from lfm2cpp.kernels.simd import (
     W,
@@ -66,7 +66,7 @@ def unpack_block(w, row_bytes, b, panel):
                 gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes),
             )
             for j in range(4):
-                store_bytes(out + (4 * part + j) * (8 * W), q[j])
+                store_bytes(out + (4 * part + j) * (8 * W), panel_i8(q[j]))
         store_vector(out + 64 * W, gather_f16(rows, row_bytes))
 
 
@@ -74,9 +74,9 @@ def finish_block(tile):
     start, dot, scale = tile.start, tile.dot_i8, tile.scale
 
     @device
-    def finish(f, panel, a, tables, n_groups, stride):
-        acc = dot(start(tables + n_groups * ACT_Z128, stride), panel, a, stride)
-        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D, stride)
+    def finish(f, panel, a, tables, n_groups):
+        acc = dot(start(tables + n_groups * ACT_Z128), panel, a)
+        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D)
 
     return finish
 
