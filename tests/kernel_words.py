@@ -107,6 +107,7 @@ def byte_words(x, far, out):
     simd.store_bytes(out + 13 * ROW, a >> 2)
     simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
     simd.prefetch(far + 1000000)  # wherever that is
+    simd.prefetch_far(far + 1000000)
 
 
 @kernel

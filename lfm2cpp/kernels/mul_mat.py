@@ -11,6 +11,7 @@ Threads take chunks of rows from the op's work counter.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,16 +22,18 @@ from .compiler import device, kernel
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, load_f32, prefetch, splat_f32, store_f32, transpose_square
+from .simd import W, load_f32, prefetch, prefetch_far, splat_f32, store_f32, transpose_square
 from .tile import BLOCK, ENTRY, make_tile
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import TILE_TOKENS
+from .widths import ACT_GROUP, TILE_TOKENS
 
 CHUNKS_A_THREAD = 8
 # Bytes that decode asks for ahead of what it uses. The hardware's prefetchers stop at every page of 4 KiB: on a Xeon of
 # 2023 with two loaded cores, Q4_0 went from 7.0 to 9.1 GB/s and Q8_0 from 12.6 to 14.3 (2026-11-21).
 PREFETCH = 2048
 SMALL_TILE = 2
+FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
+SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
 
 
 @device
@@ -112,61 +115,111 @@ TAIL_BYTES = 64 * W  # of scratch: the blocks of an incomplete group, zero beyon
 assert max(W // (t.BLOCK // 32) * t.BLOCK_BYTES for t in (q4_0, q4_1, q6_K, q8_0)) <= TAIL_BYTES
 
 
-def make_unpack(weights: ModuleType) -> Any:
-    unpack_block, panel_block = weights.unpack_block, weights.PANEL_BLOCK
-
-    @device
-    def unpack_panel(w, row_bytes, n, panel):
-        keep_apart()
-        n_blocks = n // 32
-        for c in range(min(W, n_blocks)):
-            for b in range(c, n_blocks, W):
-                unpack_block(w, row_bytes, b, panel)
-                panel += panel_block
-
-    return unpack_panel
-
-
-def make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
-    """A panel by the first n_tokens tokens of a tile, for a block type."""
+def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
+    """Some chains of a panel by the first n_tokens tokens of each tile, for a block type."""
     tile, panel_block = make_tile(n_tokens), weights.PANEL_BLOCK
     zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
 
     @device
-    def run_tile(panel, act, n, totals):
+    def run_chains(panel, first, last, n_blocks, n_groups, act, n_tiles, totals):
+        """totals += the products of chains first .. last - 1, unpacked at panel, with n_tiles tiles of tokens"""
         keep_apart()
-        n_groups, n_blocks = n_groups_of(n), n // 32
-        for i in range(2 * n_tokens):
-            store_f32(totals + i * 4 * W, splat_f32(0.0))
-        for c in range(min(W, n_blocks)):
-            f = zero(0)
-            a = act + c * n_groups * (TILE_TOKENS * BLOCK)
-            tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
-            for _ in range(c, n_blocks, W):
-                f = finish(f, panel, a, tables, TILE_TOKENS * n_groups)
-                panel += panel_block
-                a += TILE_TOKENS * BLOCK
-                tables += TILE_TOKENS * ENTRY
-            add_to(totals, f)
+        for _ in range(n_tiles):
+            block = panel
+            for c in range(first, last):
+                f = zero(0)
+                a = act + c * n_groups * (TILE_TOKENS * BLOCK)
+                tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
+                for _ in range(c, n_blocks, W):
+                    f = finish(f, block, a, tables, TILE_TOKENS * n_groups)
+                    block += panel_block
+                    a += TILE_TOKENS * BLOCK
+                    tables += TILE_TOKENS * ENTRY
+                add_to(totals, f)
+            totals += TILE_TOKENS * SUMS
+            act += n_groups * (TILE_TOKENS * ACT_GROUP)
 
-    return run_tile
+    return run_chains
+
+
+@dataclass(frozen=True)
+class PanelProduct:
+    """A panel of 2 W rows by tokens, for a block type; totals are the sums, SUMS bytes a token.
+
+    Many tokens go tile by tile through the whole panel, which lies in the second-level cache then; a few go through
+    each chain as soon as it is unpacked, while it is in the first-level cache.
+    """
+
+    unpack: Any  # (w, row_bytes, n_rows, n, panel, coming): a panel of n_rows rows at w; those at `coming` will be next
+    by_tile: Any  # (panel, n, act, count, totals): totals = the panel by the first `count` tokens of a tile
+    by_few: Any  # (w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals): totals = w by up to FEW_TOKENS
+
+
+def make_panel_product(weights: ModuleType) -> PanelProduct:
+    copy_scales, unpack_block = weights.copy_scales, weights.unpack_block
+    raw_bytes, panel_block = weights.RAW_SCALES, weights.PANEL_BLOCK
+    file_bytes = 2 * W * weights.BLOCK_BYTES // (weights.BLOCK // 32)  # of 32 columns of a panel
+    wide, small = make_run_chains(weights, TILE_TOKENS), make_run_chains(weights, SMALL_TILE)
+
+    @device
+    def prepare(w, row_bytes, n_rows, n_blocks, raw):
+        """The rows, completed if they are the last ones, and their scales at `raw`."""
+        w = whole_rows(w, row_bytes, n_rows, raw + n_blocks * raw_bytes)
+        for b in range(n_blocks):
+            copy_scales(w, row_bytes, b, raw + b * raw_bytes)
+        return w
+
+    @device
+    def unpack_chains(w, row_bytes, first, last, n_blocks, raw, panel, coming):
+        keep_apart()
+        for c in range(first, last):
+            for b in range(c, n_blocks, W):
+                for i in range(0, file_bytes, 64):
+                    prefetch_far(coming + b * file_bytes + i)
+                unpack_block(w, row_bytes, b, raw + b * raw_bytes, panel)
+                panel += panel_block
+
+    @device
+    def unpack(w, row_bytes, n_rows, n, panel, coming):
+        n_blocks = n // 32
+        raw = panel + n_blocks * panel_block
+        w = prepare(w, row_bytes, n_rows, n_blocks, raw)
+        unpack_chains(w, row_bytes, 0, min(W, n_blocks), n_blocks, raw, panel, coming)
+
+    @device
+    def by_tile(panel, n, act, count, totals):
+        for i in range(0, TILE_TOKENS * SUMS, 4 * W):
+            store_f32(totals + i, splat_f32(0.0))
+        n_blocks, n_groups = n // 32, n_groups_of(n)
+        if count > SMALL_TILE:
+            wide(panel, 0, min(W, n_blocks), n_blocks, n_groups, act, 1, totals)
+        else:
+            small(panel, 0, min(W, n_blocks), n_blocks, n_groups, act, 1, totals)
+
+    @device
+    def by_few(w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals):
+        n_blocks, n_groups = n // 32, n_groups_of(n)
+        raw = panel + n_groups * panel_block
+        w = prepare(w, row_bytes, n_rows, n_blocks, raw)
+        n_tiles, left = divmod(n_tokens, TILE_TOKENS)
+        if left > SMALL_TILE:
+            n_tiles, left = n_tiles + 1, 0
+        last_tile, last_totals = act + n_tiles * tile_stride(n), totals + n_tiles * TILE_TOKENS * SUMS
+        for i in range(0, totals_nbytes(n_tokens), 4 * W):
+            store_f32(totals + i, splat_f32(0.0))
+        for c in range(min(W, n_blocks)):
+            unpack_chains(w, row_bytes, c, c + 1, n_blocks, raw, panel, coming)
+            wide(panel, c, c + 1, n_blocks, n_groups, act, n_tiles, totals)
+            if left:
+                small(panel, c, c + 1, n_blocks, n_groups, last_tile, 1, last_totals)
+
+    return PanelProduct(unpack, by_tile, by_few)
 
 
 @device
-def store_tile(totals, out, add, ld, t, count, row, n_rows):
-    """Sums of `count` tokens from t on, rows row .. row + 2 W - 1 as far as there are; ld: bytes between two tokens"""
-    for i in range(count):
-        sums, where = totals + i * 8 * W, (t + i) * ld + 4 * row
-        if row + 2 * W <= n_rows:
-            for half in range(0, 8 * W, 4 * W):
-                value = load_f32(sums + half)
-                if add:
-                    value = value + load_f32(add + where + half)
-                store_f32(out + where + half, value)
-        else:
-            for r in range(0, 4 * (n_rows - row), 4):
-                below = load_scalar(add + where + r) if add else np.float32(0.0)
-                store_scalar(out + where + r, load_scalar(sums + r) + below)
+def totals_nbytes(n_tokens):
+    """Bytes of the sums of a panel: a tile may be written that is not full."""
+    return (n_tokens + TILE_TOKENS) * SUMS
 
 
 @device
@@ -181,24 +234,42 @@ def whole_rows(w, row_bytes, n_rows, scratch):
     return scratch
 
 
+@device
+def store_totals(totals, out, add, t, count, row, n_rows):
+    """The sums of tokens t .. t + count - 1, rows row .. row + 2 W - 1 as far as there are, to out: (n_tokens, n_rows)"""
+    for i in range(count):
+        sums, where = totals + i * SUMS, 4 * ((t + i) * n_rows + row)
+        if row + 2 * W <= n_rows:
+            for half in range(0, SUMS, 4 * W):
+                value = load_f32(sums + half)
+                if add:
+                    value = value + load_f32(add + where + half)
+                store_f32(out + where + half, value)
+        else:
+            for r in range(0, 4 * (n_rows - row), 4):
+                below = load_scalar(add + where + r) if add else np.float32(0.0)
+                store_scalar(out + where + r, load_scalar(sums + r) + below)
+
+
 def make_prefill(weights: ModuleType) -> Any:
-    """A panel of 2 W rows by every token, for a block type."""
-    unpack_panel, panel_block = make_unpack(weights), weights.PANEL_BLOCK
-    wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
+    """Rows by every token, for a block type."""
+    product = make_panel_product(weights)
+    unpack, by_tile, by_few = product.unpack, product.by_tile, product.by_few
 
     @device
-    def prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, scratch):
-        totals, ld = scratch, 4 * n_rows
-        panel = totals + TILE_TOKENS * 8 * W
-        rows = whole_rows(w + row * row_bytes, row_bytes, n_rows - row, panel + n // 32 * panel_block)
-        unpack_panel(rows, row_bytes, n, panel)
+    def prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, nth, totals):
+        """Rows row .. row + 2 W - 1; `totals` is this thread's scratch."""
+        rows, coming = w + row * row_bytes, w + (row + nth * (2 * W)) * row_bytes
+        panel = totals + totals_nbytes(FEW_TOKENS)
+        if n_tokens <= FEW_TOKENS:
+            by_few(rows, row_bytes, n_rows - row, n, panel, coming, act, n_tokens, totals)
+            store_totals(totals, out, add, 0, n_tokens, row, n_rows)
+            return
+        unpack(rows, row_bytes, n_rows - row, n, panel, coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
-            if count <= SMALL_TILE:
-                small(panel, act, n, totals)
-            else:
-                wide(panel, act, n, totals)
-            store_tile(totals, out, add, ld, t, count, row, n_rows)
+            by_tile(panel, n, act, count, totals)
+            store_totals(totals, out, add, t, count, row, n_rows)
             act += tile_stride(n)
 
     return prefill_panel
@@ -227,7 +298,7 @@ def make_mul_mat(weights: ModuleType) -> Any:
             return
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
-            prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, mine)
+            prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, nth, mine)
             row = atomic_add(work, 1) * (2 * W)
 
     return kernel(mul_mat)

@@ -12,15 +12,7 @@ from typing import Any
 from .activation import n_groups_of, quantize_block, tile_stride
 from .compiler import device, kernel
 from .math import silu
-from .mul_mat import (
-    SMALL_TILE,
-    TAIL_BYTES,
-    make_decode,
-    make_run_tile,
-    make_unpack,
-    rows_of_chunk,
-    whole_rows,
-)
+from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, rows_of_chunk, totals_nbytes
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
@@ -29,7 +21,6 @@ from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
 ROWS = 2 * W  # rows that are finished together
-SUMS = 4 * ROWS  # bytes of one token's sums of them
 
 
 @device
@@ -63,28 +54,30 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
 
 
 def make_prefill_swiglu(weights: ModuleType) -> Any:
-    unpack_panel, panel_block = make_unpack(weights), weights.PANEL_BLOCK
-    wide, small = make_run_tile(weights, TILE_TOKENS), make_run_tile(weights, SMALL_TILE)
+    product = make_panel_product(weights)
+    unpack, by_tile, by_few = product.unpack, product.by_tile, product.by_few
+    panel_block = weights.PANEL_BLOCK
 
     @device
-    def prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, scratch):
+    def prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, nth, scratch):
         """Rows row .. row + ROWS - 1 by every token."""
         gate_sums = scratch
-        up_sums = gate_sums + TILE_TOKENS * SUMS
-        gate_panel = up_sums + TILE_TOKENS * SUMS
-        up_panel = gate_panel + n // 32 * panel_block
-        spare = up_panel + n // 32 * panel_block
-        for w, panel in ((gate, gate_panel), (up, up_panel)):
-            unpack_panel(whole_rows(w + row * row_bytes, row_bytes, n_rows - row, spare), row_bytes, n, panel)
-        n_groups = n_groups_of(n_rows)
+        up_sums = gate_sums + totals_nbytes(FEW_TOKENS)
+        panel = up_sums + totals_nbytes(FEW_TOKENS)
+        first, coming, n_groups = row * row_bytes, (row + nth * ROWS) * row_bytes, n_groups_of(n_rows)
+        if n_tokens <= FEW_TOKENS:
+            by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, x, n_tokens, gate_sums)
+            by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, x, n_tokens, up_sums)
+            for t in range(n_tokens):
+                finish_rows(gate_sums + t * SUMS, up_sums + t * SUMS, hidden, act, n_groups, t, row, n_rows, False)
+            return
+        up_panel = panel + n // 32 * panel_block
+        unpack(gate + first, row_bytes, n_rows - row, n, panel, gate + coming)
+        unpack(up + first, row_bytes, n_rows - row, n, up_panel, up + coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
-            if count <= SMALL_TILE:
-                small(gate_panel, x, n, gate_sums)
-                small(up_panel, x, n, up_sums)
-            else:
-                wide(gate_panel, x, n, gate_sums)
-                wide(up_panel, x, n, up_sums)
+            by_tile(panel, n, x, count, gate_sums)
+            by_tile(up_panel, n, x, count, up_sums)
             for i in range(count):
                 finish_rows(gate_sums + i * SUMS, up_sums + i * SUMS, hidden, act, n_groups, t + i, row, n_rows, False)
             x += tile_stride(n)
@@ -112,7 +105,7 @@ def make_swiglu(weights: ModuleType) -> Any:
             return
         row = atomic_add(work, 1) * ROWS
         while row < n_rows:
-            prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, mine)
+            prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, nth, mine)
             row = atomic_add(work, 1) * ROWS
 
     return kernel(swiglu)

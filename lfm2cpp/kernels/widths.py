@@ -41,9 +41,10 @@ def padded_head(n_embd_head: int) -> int:
 
 
 def panel_nbytes(n: int) -> int:
-    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, sums."""
+    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums."""
     runs = -(-n // PANEL_ROWS)
-    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + 128 * W * W + 8192
+    sums = 2 * 4 * PANEL_ROWS * 5 * TILE_TOKENS
+    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192
 
 
 def attention_nbytes(n_padded: int) -> int:

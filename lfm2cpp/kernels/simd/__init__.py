@@ -121,6 +121,9 @@ from .memory import (
     prefetch as prefetch,
 )
 from .memory import (
+    prefetch_far as prefetch_far,
+)
+from .memory import (
     store_bytes as store_bytes,
 )
 from .memory import (

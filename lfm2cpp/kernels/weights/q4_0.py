@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
-from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, load_i32, make_gather_f16, to_f32
-from lfm2cpp.kernels.simd import store_f32 as store_vector
+from lfm2cpp.kernels.simd import W, fma, load_f32, load_i32, make_gather_f16, to_f32
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z8
 
+from .columns import copy_f16, widen_f16
 from .nibbles import sum_nibbles, unpack_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 18
 PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
+RAW_SCALES = 4 * W  # bytes of them as in the file
 QS = 2  # offset of the nibbles in a block
+SCALES = 64 * W  # offset in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 
 
@@ -30,11 +32,16 @@ def dot_group(acc, w, act, n_groups, g):
 
 
 @device
-def unpack_block(w, row_bytes, b, panel):
+def copy_scales(w, row_bytes, b, raw):
+    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
+
+
+@device
+def unpack_block(w, row_bytes, b, raw, panel):
+    rows = w + b * BLOCK_BYTES
     for half in range(2):
-        rows, out = w + b * BLOCK_BYTES + half * W * row_bytes, panel + half * (4 * W)
-        unpack_nibbles(rows + QS, row_bytes, out)
-        store_vector(out + 64 * W, gather_f16(rows, row_bytes))
+        unpack_nibbles(rows + half * W * row_bytes + QS, row_bytes, panel + half * (4 * W))
+    widen_f16(raw, panel + SCALES)
 
 
 def finish_block(tile):
@@ -43,7 +50,7 @@ def finish_block(tile):
     @device
     def finish(f, panel, a, tables, n_groups):
         acc = dot(start(tables + n_groups * ACT_Z8), panel, a)
-        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D)
+        return scale(f, acc, panel + SCALES, tables + n_groups * ACT_D)
 
     return finish
 

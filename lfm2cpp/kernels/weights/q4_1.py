@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
-from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, make_gather_f16, to_f32
-from lfm2cpp.kernels.simd import store_f32 as store_vector
+from lfm2cpp.kernels.simd import W, fma, load_f32, make_gather_f16, to_f32
 from lfm2cpp.kernels.widths import ACT_D, ACT_DS
 
+from .columns import copy_f16, widen_f16
 from .nibbles import sum_nibbles, unpack_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 20
 PANEL_BLOCK = 64 * W + 16 * W  # 32 columns of 2 W rows, their scales, their minima
+RAW_SCALES = 8 * W  # bytes of them as in the file
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
+SCALES, MINIMA = 64 * W, 72 * W  # offsets in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 
 
@@ -30,12 +32,18 @@ def dot_group(acc, w, act, n_groups, g):
 
 
 @device
-def unpack_block(w, row_bytes, b, panel):
+def copy_scales(w, row_bytes, b, raw):
+    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
+    copy_f16(w + b * BLOCK_BYTES + M, row_bytes, raw + 4 * W)
+
+
+@device
+def unpack_block(w, row_bytes, b, raw, panel):
+    rows = w + b * BLOCK_BYTES
     for half in range(2):
-        rows, out = w + b * BLOCK_BYTES + half * W * row_bytes, panel + half * (4 * W)
-        unpack_nibbles(rows + QS, row_bytes, out)
-        store_vector(out + 64 * W, gather_f16(rows, row_bytes))
-        store_vector(out + 72 * W, gather_f16(rows + M, row_bytes))
+        unpack_nibbles(rows + half * W * row_bytes + QS, row_bytes, panel + half * (4 * W))
+    widen_f16(raw, panel + SCALES)
+    widen_f16(raw + 4 * W, panel + MINIMA)
 
 
 def finish_block(tile):
@@ -43,8 +51,8 @@ def finish_block(tile):
 
     @device
     def finish(f, panel, a, tables, n_groups):
-        f = scale(f, dot(zero(0), panel, a), panel + 64 * W, tables + n_groups * ACT_D)
-        return add_product(f, panel + 72 * W, tables + n_groups * ACT_DS)
+        f = scale(f, dot(zero(0), panel, a), panel + SCALES, tables + n_groups * ACT_D)
+        return add_product(f, panel + MINIMA, tables + n_groups * ACT_DS)
 
     return finish
 

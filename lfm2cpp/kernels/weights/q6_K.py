@@ -13,7 +13,6 @@ from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
 from lfm2cpp.kernels.simd import (
     W,
     fma,
-    gather_f16,
     gather_i8,
     gather_pieces,
     gather_pieces_2,
@@ -30,11 +29,13 @@ from lfm2cpp.kernels.simd import (
     to_f32,
     transpose_4,
 )
-from lfm2cpp.kernels.simd import store_f32 as store_vector
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z32_HIGH, ACT_Z32_LOW
+
+from .columns import copy_f16, copy_i8, widen_f16, widen_i8
 
 BLOCK, BLOCK_BYTES = 256, 210
 PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
+RAW_SCALES = 8 * W  # bytes of them as in the file
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 LOW_SCALES, HIGH_SCALES, PANEL_D = 64 * W, 72 * W, 80 * W  # offsets in a panel block
 
@@ -104,7 +105,16 @@ def _unpack_16(rows, row_bytes, ql, qh, quarter, out):
 
 
 @device
-def unpack_block(w, row_bytes, b, panel):
+def copy_scales(w, row_bytes, b, raw):
+    block = w + (b // 8) * BLOCK_BYTES
+    scales = block + SCALES + 2 * (b % 8)
+    copy_f16(block + D, row_bytes, raw)
+    copy_i8(scales, row_bytes, raw + 4 * W)
+    copy_i8(scales + 1, row_bytes, raw + 6 * W)
+
+
+@device
+def unpack_block(w, row_bytes, b, raw, panel):
     block = w + (b // 8) * BLOCK_BYTES
     half, quarter = (b // 4) % 2, b % 4
     ql, qh = 64 * half + 32 * (quarter % 2), QH + 32 * half
@@ -113,10 +123,9 @@ def unpack_block(w, row_bytes, b, panel):
         out = panel + side * (4 * W)
         _unpack_16(rows, row_bytes, ql, qh, quarter, out)
         _unpack_16(rows, row_bytes, ql + 16, qh + 16, quarter, out + 32 * W)
-        scales = rows + SCALES + 2 * (b % 8)
-        store_vector(out + LOW_SCALES, to_f32(gather_i8(scales, row_bytes, 8 * row_bytes)))
-        store_vector(out + HIGH_SCALES, to_f32(gather_i8(scales + 1, row_bytes, 8 * row_bytes)))
-        store_vector(out + PANEL_D, gather_f16(rows + D, row_bytes))
+    widen_f16(raw, panel + PANEL_D)
+    widen_i8(raw + 4 * W, panel + LOW_SCALES)
+    widen_i8(raw + 6 * W, panel + HIGH_SCALES)
 
 
 def finish_block(tile):

@@ -19,12 +19,15 @@ from lfm2cpp.kernels.simd import (
     to_f32,
     transpose_4,
 )
-from lfm2cpp.kernels.simd import store_f32 as store_vector
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z128
+
+from .columns import copy_f16, widen_f16
 
 BLOCK, BLOCK_BYTES = 32, 34
 PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
+RAW_SCALES = 4 * W  # bytes of them as in the file
 QS = 2  # offset of the integers in a block
+SCALES = 64 * W  # offset in a panel block
 
 
 @device
@@ -53,12 +56,17 @@ def dot_group(acc, w, act, n_groups, g):
 
 
 @device
-def unpack_block(w, row_bytes, b, panel):
+def copy_scales(w, row_bytes, b, raw):
+    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
+
+
+@device
+def unpack_block(w, row_bytes, b, raw, panel):
+    rows = w + b * BLOCK_BYTES
     for half in range(2):
-        rows = w + b * BLOCK_BYTES + half * W * row_bytes
         out = panel + half * (4 * W)
         for part in range(2):
-            pieces = rows + QS + 16 * part
+            pieces = rows + half * W * row_bytes + QS + 16 * part
             q = transpose_4(
                 gather_pieces(pieces, 4 * row_bytes),
                 gather_pieces(pieces + row_bytes, 4 * row_bytes),
@@ -67,7 +75,7 @@ def unpack_block(w, row_bytes, b, panel):
             )
             for j in range(4):
                 store_bytes(out + (4 * part + j) * (8 * W), panel_i8(q[j]))
-        store_vector(out + 64 * W, gather_f16(rows, row_bytes))
+    widen_f16(raw, panel + SCALES)
 
 
 def finish_block(tile):
@@ -76,7 +84,7 @@ def finish_block(tile):
     @device
     def finish(f, panel, a, tables, n_groups):
         acc = dot(start(tables + n_groups * ACT_Z128), panel, a)
-        return scale(f, acc, panel + 64 * W, tables + n_groups * ACT_D)
+        return scale(f, acc, panel + SCALES, tables + n_groups * ACT_D)
 
     return finish
 
