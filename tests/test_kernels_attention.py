@@ -240,6 +240,6 @@ def test_heads_of_whole_blocks_are_quantized_along(runs: list[tuple[int, int]], 
     if not split and runs == [(70, 1)]:
         pytest.skip("one token is always split")
     layer = Layer(runs, "f16", 4, 2, 64)
-    act = aligned(widths.activation_nbytes(256) * (layer.batch.n_tokens + 8) + 4096)
+    act = aligned(widths.activation_nbytes(256) * (layer.batch.n_tokens + 16) + 4096)
     out = layer.attend(split=split, nth=2, act=act)
     assert same_bits(act, quantized(out))

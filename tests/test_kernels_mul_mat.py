@@ -63,7 +63,7 @@ CASES = [(name, *shape) for name in BLOCK_TYPES + FLOAT_TYPES for shape in shape
 def quantized(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.uint8]:
     """Activation rows; the memory held something else before, but zeros where no block of the row lies."""
     n_tokens, n = x.shape
-    act = aligned(widths.activation_nbytes(n) * (n_tokens + 8) + 4096)
+    act = aligned(widths.activation_nbytes(n) * (n_tokens + 16) + 4096)
     call("ops:quantize_rows", nth=nth, x=np.ascontiguousarray(x), n=n, act=act, count=count(n_tokens))
     return act
 
@@ -317,7 +317,7 @@ def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, 
     x = normal(n_tokens, n, seed=3)
     expected = np.zeros((n_tokens, n_rows), np.float32)
     call("ops:swiglu", gate=product(gate, x), up=product(up, x), n=n_rows, out=expected, act=0, count=count(n_tokens))
-    act = aligned(widths.activation_nbytes(n_rows) * (n_tokens + 8) + 4096)
+    act = aligned(widths.activation_nbytes(n_rows) * (n_tokens + 16) + 4096)
     hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
     call(
         f"swiglu:swiglu_{KERNEL_OF[name]}", nth=nth, gate=gate.data, up=up.data, row_bytes=gate.row_bytes,

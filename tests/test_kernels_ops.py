@@ -64,7 +64,7 @@ def test_a_row_op_quantizes_what_it_writes(n_tokens: int, nth: int) -> None:
     n = 544
     x, weight = normal(n_tokens, n), 1 + normal(n, scale=0.1)
     out, up = np.zeros((n_tokens, n), np.float32), normal(n_tokens, n, seed=1)
-    act = aligned(widths.activation_nbytes(n) * (n_tokens + 8) + 4096)
+    act = aligned(widths.activation_nbytes(n) * (n_tokens + 16) + 4096)
     call(
         "ops:rms_norm",
         nth=nth,
@@ -265,7 +265,7 @@ def test_shortconv_in_pieces(n: int) -> None:
 @pytest.mark.parametrize("nth", [1, 2])
 def test_shortconv_quantizes_its_rows(runs: list[tuple[int, int]], nth: int) -> None:
     conv = Conv(96, 3, runs)
-    act = aligned(widths.activation_nbytes(96) * (conv.batch.n_tokens + 8) + 4096)
+    act = aligned(widths.activation_nbytes(96) * (conv.batch.n_tokens + 16) + 4096)
     out = conv.run(nth, act)["out"]
     assert same_bits(act, quantized(out.copy()))
 

@@ -18,16 +18,16 @@ from .activation import n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from . import kv
-from .kv import KVType
+from .kv import AHEAD, FEW_QUERIES, KVType
 from .math import exp
 from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
-from .widths import CHUNK_PAGES, CHUNK_TOKENS, QUERY_GROUP, TILE_TOKENS
+from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP, QUERY_TILE
 
-SMALL_TILE = 2
+SMALL_TILE, MEDIUM_TILE = 2, FEW_QUERIES  # query heads of one token that share K and V
 LOWEST = -3.0e38
 RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
 
@@ -37,14 +37,23 @@ def softmax_row(scores, n_valid, n_keys, scale, result):
     """scores -> exp(scale * score - maximum), zero from n_valid on; the maximum and the sum go to result"""
     factor = splat_f32(scale)
     peak = splat_f32(LOWEST)
-    for key in range(0, n_keys, W):
+    whole = n_valid // W * W
+    for key in range(0, whole, W):
+        s = load_f32(scores + 4 * key) * factor
+        store_f32(scores + 4 * key, s)
+        peak = maximum(s, peak)
+    for key in range(whole, n_keys, W):
         s = keep_first(load_f32(scores + 4 * key) * factor, n_valid - key, LOWEST)
         store_f32(scores + 4 * key, s)
         peak = maximum(s, peak)
     top = max_lanes(peak)
     shift = splat_f32(top)
     total = splat_f32(0.0)
-    for key in range(0, n_keys, W):
+    for key in range(0, whole, W):
+        p = exp(load_f32(scores + 4 * key) - shift)
+        store_f32(scores + 4 * key, p)
+        total = total + p
+    for key in range(whole, n_keys, W):
         p = keep_first(exp(load_f32(scores + 4 * key) - shift), n_valid - key, 0.0)
         store_f32(scores + 4 * key, p)
         total = total + p
@@ -95,25 +104,28 @@ def make_attend(n_queries: int, kv: KVType) -> Any:
     scores, weighted_sum = kv.make_scores(n_queries), kv.make_weighted_sum(n_queries)
 
     @device
-    def attend(q, q_stride, n_embd_head, n_padded, pages, k_offset, v_offset, valid, valid_step, count, scale, s, out):
-        """Query i sees the chunk's first valid + i * valid_step keys. s: scratch, n_queries rows; out: results."""
+    def attend(q, q_stride, n_embd_head, n_padded, pages, coming, k_offset, v_offset, valid, valid_step, count, scale, s,
+               out):  # fmt: skip
+        """Query i sees the first valid + i * valid_step keys of the chunk at `pages`; the one at `coming` (0: none) will
+        be next. s: scratch, n_queries rows; out: results."""
         n_keys = min(CHUNK_TOKENS, valid + valid_step * (count - 1))
         row = 4 * (RESULT_HEAD + n_padded)
-        scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, s)
+        scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, s)
         rounded = (n_keys + W - 1) // W * W
         for i in range(count):
             n_valid = min(CHUNK_TOKENS, max(0, valid + i * valid_step))
             softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, out + i * row)
-        weighted_sum(s, pages, v_offset, n_padded, n_keys, out + 4 * RESULT_HEAD, row)
+        weighted_sum(s, pages, k_offset, v_offset, n_padded, n_keys, coming, out + 4 * RESULT_HEAD, row)
 
     return attend
 
 
 def make_attention(kv: KVType) -> Any:
-    wide, small, column_bytes = make_attend(TILE_TOKENS, kv), make_attend(SMALL_TILE, kv), kv.column_bytes
+    wide, column_bytes = make_attend(QUERY_TILE, kv), kv.column_bytes
+    small, medium = make_attend(SMALL_TILE, kv), make_attend(MEDIUM_TILE, kv)
 
     @device
-    def one_token(unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, s):
+    def one_token(unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, nth, s):
         """Unit (token, kv head, chunk): its query heads as a tile; the results go to their place in parts."""
         n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
         n_gqa = n_head // n_head_kv
@@ -125,20 +137,22 @@ def make_attention(kv: KVType) -> Any:
             return
         pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
         k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
+        coming = pages + 8 * nth * CHUNK_PAGES if n_keys > nth * CHUNK_TOKENS + AHEAD * PAGE_TOKENS else 0
         row = 4 * (RESULT_HEAD + n_padded)
-        j = 0
-        while j < n_gqa:
+        n_valid, results = min(n_keys, CHUNK_TOKENS), s + 4 * MEDIUM_TILE * CHUNK_TOKENS
+        for j in range(0, n_gqa, MEDIUM_TILE):
             head = head_kv * n_gqa + j
             at = q + 4 * (t * n_head + head) * n_embd_head
-            count = min(SMALL_TILE, n_gqa - j)
-            small(
-                at, 4 * n_embd_head, n_embd_head, n_padded, pages, k, v, min(n_keys, CHUNK_TOKENS), 0, count, scale, s,
-                s + 4 * SMALL_TILE * CHUNK_TOKENS,
-            )
+            count = min(MEDIUM_TILE, n_gqa - j)
+            if count <= SMALL_TILE:
+                small(at, 4 * n_embd_head, n_embd_head, n_padded, pages, coming, k, v, n_valid, 0, count, scale, s,
+                       results)
+            else:
+                medium(at, 4 * n_embd_head, n_embd_head, n_padded, pages, coming, k, v, n_valid, 0, count, scale, s,
+                       results)
             for i in range(count):
                 place = ((t * n_head + head + i) * n_chunks + chunk) * row
-                merge(parts + place, s + 4 * SMALL_TILE * CHUNK_TOKENS + i * row, n_padded, True)
-            j += SMALL_TILE
+                merge(parts + place, results + i * row, n_padded, True)
 
     @device
     def token_group(run, begin, count, head, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale,
@@ -147,19 +161,21 @@ def make_attention(kv: KVType) -> Any:
         head_kv = head // (n_head // n_head_kv)
         k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
         row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_head * n_embd_head
-        parts = s + 4 * TILE_TOKENS * CHUNK_TOKENS
-        states = parts + TILE_TOKENS * row
+        parts = s + 4 * QUERY_TILE * CHUNK_TOKENS
+        states = parts + QUERY_TILE * row
         past = load_i32(positions + 4 * begin)
         n_chunks = (past + count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
         for chunk in range(n_chunks):
             pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
-            for i in range(0, count, TILE_TOKENS):
-                n = min(TILE_TOKENS, count - i)
+            n_keys = past + count - chunk * CHUNK_TOKENS
+            coming = pages + 8 * CHUNK_PAGES if n_keys > CHUNK_TOKENS + AHEAD * PAGE_TOKENS else 0
+            for i in range(0, count, QUERY_TILE):
+                n = min(QUERY_TILE, count - i)
                 valid = past + i + 1 - chunk * CHUNK_TOKENS
                 if valid + n - 1 <= 0:
                     continue
                 at = q + (begin + i) * stride + 4 * head * n_embd_head
-                wide(at, stride, n_embd_head, n_padded, pages, k, v, valid, 1, n, scale, s, parts)
+                wide(at, stride, n_embd_head, n_padded, pages, coming, k, v, valid, 1, n, scale, s, parts)
                 for j in range(n):
                     if valid + j > 0:
                         merge(states + (i + j) * row, parts + j * row, n_padded, chunk == 0)
@@ -183,7 +199,7 @@ def make_attention(kv: KVType) -> Any:
             unit = atomic_add(work, 1)
             while unit < n_units:
                 one_token(
-                    unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, s
+                    unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, nth, s
                 )
                 unit = atomic_add(work, 1)
             return

@@ -15,11 +15,19 @@ import numpy as np
 
 from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
-from .simd import W
+from .simd import W, prefetch_far as prefetch
 from .tile import make_tile
 from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS
 
 QK = 32
+AHEAD = 2  # pages that are asked for before they are used: one takes about as long as memory needs to answer
+LINE = 64  # bytes of a cache line
+FEW_QUERIES = 4  # up to which there are registers for two tiles: whole rows of a page are then used at once
+
+
+@device
+def pages_of(n_keys):
+    return (n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -36,17 +44,33 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
     def make_scores(n_queries: int) -> Any:
         tile = make_tile(n_queries, name)
         zero, step, put = tile.zero, tile.fma, tile.store
+        two = n_queries <= FEW_QUERIES
+        span = 4 * W if two else 2 * W
 
         @device
-        def scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, out):
+        def scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, out):
             """out[query, key] = q . k for the first n_keys of a chunk (rounded up); out rows of CHUNK_TOKENS"""
-            for key in range(0, n_keys, 2 * W):
+            n_pages = pages_of(n_keys)
+            for key in range(0, n_keys, span):
                 page, slot = divmod(key, PAGE_TOKENS)
                 k = load_i64(pages + 8 * page) + k_offset + size * slot
-                f = zero(0)
+                # What comes: this part of the page after the next one; after the last ones the chunk's first V.
+                coming = page + AHEAD
+                if coming < n_pages:
+                    ahead = load_i64(pages + 8 * coming) + k_offset + size * slot
+                else:
+                    ahead = load_i64(pages + 8 * min(coming - n_pages, n_pages - 1)) + v_offset + size * slot
+                f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
-                    f = step(f, k + size * i * PAGE_TOKENS, q + 4 * i, q_stride)
+                    row, x = size * i * PAGE_TOKENS, q + 4 * i
+                    for line in range(0, size * span, LINE):
+                        prefetch(ahead + row + line)
+                    f = step(f, k + row, x, q_stride)
+                    if two:
+                        g = step(g, k + row + size * 2 * W, x, q_stride)
                 put(out + 4 * key, 4 * CHUNK_TOKENS, f)
+                if two:
+                    put(out + 4 * (key + 2 * W), 4 * CHUNK_TOKENS, g)
 
         return scores
 
@@ -54,17 +78,49 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
         tile = make_tile(n_queries, name)
         zero, step, put = tile.zero, tile.fma, tile.store
 
-        @device
-        def weighted_sum(p, pages, v_offset, n_padded, n_keys, out, out_stride):
-            """out[query, column] = sum of p[query, key] * v[key, column]"""
-            for column in range(0, n_padded, 2 * W):
-                f = zero(0)
-                for page in range((n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS):
-                    v = load_i64(pages + 8 * page) + v_offset + size * column
+        def make_columns(two: bool) -> Any:
+            """A pass over the values for 2 W columns, or for twice as many."""
+            nbytes = size * (4 * W if two else 2 * W)
+
+            @device
+            def columns(p, pages, k_offset, v_offset, row_bytes, n_keys, coming, out, out_stride):
+                n_pages = pages_of(n_keys)
+                f, g = zero(0), zero(0)
+                for page in range(n_pages):
+                    v = load_i64(pages + 8 * page) + v_offset
+                    if page + AHEAD >= n_pages and coming:
+                        ahead = load_i64(coming + 8 * (page + AHEAD - n_pages)) + k_offset
+                    else:
+                        ahead = load_i64(pages + 8 * min(page + AHEAD, n_pages - 1)) + v_offset
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
-                        f = step(f, v + size * (key - first) * n_padded, p + 4 * key, 4 * CHUNK_TOKENS)
-                put(out + 4 * column, out_stride, f)
+                        row, x = (key - first) * row_bytes, p + 4 * key
+                        for line in range(0, nbytes, LINE):
+                            prefetch(ahead + row + line)
+                        f = step(f, v + row, x, 4 * CHUNK_TOKENS)
+                        if two:
+                            g = step(g, v + row + size * 2 * W, x, 4 * CHUNK_TOKENS)
+                put(out, out_stride, f)
+                if two:
+                    put(out + 8 * W, out_stride, g)
+
+            return columns
+
+        one_tile, two_tiles = make_columns(False), make_columns(n_queries <= FEW_QUERIES)
+
+        @device
+        def weighted_sum(p, pages, k_offset, v_offset, n_padded, n_keys, coming, out, out_stride):
+            """out[query, column] = sum of p[query, key] * v[key, column]; the pages at `coming` (0: none) will be next"""
+            column, row_bytes = 0, size * n_padded
+            if n_queries <= FEW_QUERIES:
+                for _ in range(n_padded // (4 * W)):
+                    at = v_offset + size * column
+                    two_tiles(p, pages, k_offset, at, row_bytes, n_keys, coming, out + 4 * column, out_stride)
+                    column += 4 * W
+            for _ in range((n_padded - column) // (2 * W)):
+                at = v_offset + size * column
+                one_tile(p, pages, k_offset, at, row_bytes, n_keys, coming, out + 4 * column, out_stride)
+                column += 2 * W
 
         return weighted_sum
 
@@ -82,7 +138,7 @@ def _make_q8_scores(n_queries: int) -> Any:
     zero, step, add_scaled, put = tile.zero, tile.fma, tile.add_scaled, tile.store
 
     @device
-    def scores(q, q_stride, n_embd_head, pages, k_offset, n_keys, out):
+    def scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, out):
         for key in range(0, n_keys, 2 * W):
             page, slot = divmod(key, PAGE_TOKENS)
             k = load_i64(pages + 8 * page) + k_offset
@@ -103,7 +159,7 @@ def _make_q8_weighted_sum(n_queries: int) -> Any:
     zero, step, put = tile.zero, tile.fma_scaled, tile.store
 
     @device
-    def weighted_sum(p, pages, v_offset, n_padded, n_keys, out, out_stride):
+    def weighted_sum(p, pages, k_offset, v_offset, n_padded, n_keys, coming, out, out_stride):
         for column in range(0, n_padded, 2 * W):
             f = zero(0)
             for page in range((n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS):

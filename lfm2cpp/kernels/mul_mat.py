@@ -30,7 +30,7 @@ from .widths import ACT_GROUP, TILE_TOKENS
 CHUNKS_A_THREAD = 8
 # Bytes that decode asks for ahead of what it uses. The hardware's prefetchers stop at every page of 4 KiB: on a Xeon of
 # 2023 with two loaded cores, Q4_0 went from 7.0 to 9.1 GB/s and Q8_0 from 12.6 to 14.3 (2026-11-21).
-PREFETCH = 2048
+PREFETCH = 16384
 SMALL_TILE = 2
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
 SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
@@ -76,7 +76,7 @@ def make_row_sums(weights: ModuleType) -> Any:
         for g in range(n_full):
             group = row_group(row, g)
             for i in range(PREFETCH, PREFETCH + group_bytes, 64):
-                prefetch(group + i)
+                prefetch_far(group + i)
             acc = dot_group(acc, group, act, n_groups, g)
         if n_full < n_groups:
             # The last group is not whole: complete it with zero blocks.

@@ -16,7 +16,7 @@ from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, fma, load_f32, prefetch, splat_f32, store_f32, transpose_square
+from .simd import W, fma, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
 from .tile import ENTRY, make_tile
 from .weights import floats
 from .widths import TILE_TOKENS
@@ -79,9 +79,9 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
         even = splat_f32(0.0)
         odd = splat_f32(0.0)
         for k in range(0, n - RUN + 1, RUN):
-            prefetch(row + k * size + PREFETCH)
+            prefetch_far(row + k * size + PREFETCH)
             if RUN * size > 64:
-                prefetch(row + k * size + PREFETCH + 64)
+                prefetch_far(row + k * size + PREFETCH + 64)
             even = fma(load(row + k * size), load_f32(x + 4 * k), even)
             odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
         left = n % RUN

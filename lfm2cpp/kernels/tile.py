@@ -168,19 +168,26 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
             values.append(multiply_add(builder, builder.sitofp(a, F32_VECTOR), low_rows[half], product))
         return pack(builder, values)
 
+    def by_token(builder: ir.IRBuilder, f: ir.Value, rows: list[ir.Value], x: ir.Value, stride: ir.Value) -> ir.Value:
+        """f + rows * x[t], token by token, so that only one x[t] needs a register at a time."""
+        values = unpack(builder, f)
+        for t in range(n_tokens):
+            token = splat(builder, load_vector(builder, _at_token(builder, x, stride, t), FLOAT), W)
+            for half in range(2):
+                i = half * n_tokens + t
+                values[i] = multiply_add(builder, rows[half], token, values[i])
+        return pack(builder, values)
+
     @vector_op(floats, floats, int64, int64, int64)
     def fma(builder, f, rows, x, stride):
         values = [load_as_f32(builder, builder.add(rows, ir.Constant(I64, half * row_bytes))) for half in range(2)]
-        tokens = broadcast(builder, x, stride, FLOAT)
-        return outer(builder, f, values, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+        return by_token(builder, f, values, x, stride)
 
     @vector_op(floats, floats, int64, types.float32, int64, int64)
     def fma_scaled(builder, f, rows, scale, x, stride):
         factor = splat(builder, scale, W)
         values = [load_as_f32(builder, builder.add(rows, ir.Constant(I64, half * row_bytes))) for half in range(2)]
-        tokens = broadcast(builder, x, stride, FLOAT)
-        scaled_rows = [builder.fmul(value, factor) for value in values]
-        return outer(builder, f, scaled_rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+        return by_token(builder, f, [builder.fmul(value, factor) for value in values], x, stride)
 
     @vector_op(floats, floats, floats, int64)
     def add_scaled(builder, f, g, scales):

@@ -32,6 +32,7 @@ def activation_nbytes(n: int) -> int:
 KV_COLUMN_BYTES = {"f16": 2 * PAGE_TOKENS, "f32": 4 * PAGE_TOKENS, "q8_0": PAGE_TOKENS * 34 // 32}
 CHUNK_PAGES = 8
 CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS  # context that one softmax covers before results are merged
+QUERY_TILE = 2 * TILE_TOKENS  # queries that use a key while it is in a register: one sum a value, not two
 QUERY_GROUP = 48  # tokens of a prefill unit of attention
 
 
@@ -50,4 +51,4 @@ def panel_nbytes(n: int) -> int:
 def attention_nbytes(n_padded: int) -> int:
     """Scratch bytes of attention: the scores of a tile, its results, the states of a group of tokens."""
     row = 4 * (PANEL_ROWS + n_padded)
-    return 8 * 4 * CHUNK_TOKENS + (8 + QUERY_GROUP) * row + 4096
+    return QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row + 4096

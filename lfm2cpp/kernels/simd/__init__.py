@@ -61,7 +61,7 @@ from .gather import (
     gather_f16 as gather_f16,
 )
 from .gather import (
-    gather_i8 as gather_i8,
+    gather_i8_pairs as gather_i8_pairs,
 )
 from .gather import (
     gather_pieces as gather_pieces,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 
 from ..portable import half_to_float
 from ..scalar import FLOAT, HALF, I16, I32, I64
-from ..vector import shuffle, splat, vector_op
+from ..vector import constant, shuffle, splat, vector_op
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
-    I8_LANES,
     I16_VECTOR,
     I32_VECTOR,
     LEVEL,
@@ -46,14 +46,16 @@ def gather_pieces_2(builder, address, stride, pair_stride):
     )
 
 
-@vector_op(i32, int64, int64, int64)
-def gather_i8(builder, address, stride, stride_8):
-    """Lane i is the int8 at address + (i % 8) * stride + (i // 8) * stride_8"""
-    values = ir.Constant(I8_LANES, ir.Undefined)
-    for i in range(W):
-        where = offset(builder, address, (i % 8, stride), (i // 8, stride_8))
-        values = builder.insert_element(values, load_vector(builder, where, ir.IntType(8)), ir.Constant(I32, i))
-    return builder.sext(values, I32_VECTOR)
+@vector_op(types.UniTuple(i32, 2), int64, int64)
+def gather_i8_pairs(builder, address, stride):
+    """Lane i: the int8 at address + 2 * (i % 8) + (i // 8) * stride; and the one behind it"""
+    words = ir.VectorType(I16, min(W, 8))
+    runs = [load_vector(builder, offset(builder, address, (i, stride)), words) for i in range(-(-W // 8))]
+    pairs = builder.sext(side_by_side(builder, runs), I32_VECTOR)
+    eight, three_bytes = constant(I32_VECTOR, 8), constant(I32_VECTOR, 24)
+    result = ir.Constant(ir.ArrayType(I32_VECTOR, 2), ir.Undefined)
+    result = builder.insert_value(result, builder.ashr(builder.shl(pairs, three_bytes), three_bytes), 0)
+    return builder.insert_value(result, builder.ashr(pairs, eight), 1)
 
 
 @vector_op(f32, int64, int64)

@@ -13,7 +13,7 @@ from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
 from lfm2cpp.kernels.simd import (
     W,
     fma,
-    gather_i8,
+    gather_i8_pairs,
     gather_pieces,
     gather_pieces_2,
     high_nibbles,
@@ -80,7 +80,8 @@ def dot_group(acc, w, act, n_groups, g):
     tables = act + g * (4 * W)
     low = low + load_i32(tables + n_groups * ACT_Z32_LOW)
     high = high + load_i32(tables + n_groups * ACT_Z32_HIGH)
-    sums = low * gather_i8(scales, 2, BLOCK_BYTES) + high * gather_i8(scales + 1, 2, BLOCK_BYTES)
+    low_scales, high_scales = gather_i8_pairs(scales, BLOCK_BYTES)
+    sums = low * low_scales + high * high_scales
     scale = repeat_f16(w + D, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 
