@@ -53,6 +53,7 @@ def save_part(folder: Path, results: dict[str, Any], part: str, rows: list[dict[
         "rows": rows,
     }
     results["machine"] = _machine()
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
