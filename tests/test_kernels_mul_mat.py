@@ -104,7 +104,7 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
     qs, d = np.zeros((n_tokens, n), np.int8), np.zeros((n_tokens, n_blocks), np.float32)
     n_tile = 1 if n_tokens == 1 else widths.TILE_TOKENS
     for t in range(n_tokens):
-        tile = act[t // n_tile * n_tile * stride :]
+        tile = act[(t // n_tile * n_tile + (n_tokens > 1)) * stride :]  # the tiles come behind the row for one token
         for b in range(n_blocks):
             if n_tokens == 1:
                 low = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16

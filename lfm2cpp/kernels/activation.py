@@ -1,7 +1,7 @@
 """Activations as int8: blocks of 32 with a float32 scale, laid out for the product that reads them.
 
 A row of n elements is cut into blocks of 32 and groups of W blocks, the last group padded with zeros. Two layouts, both
-of ACT_GROUP bytes a group and token:
+of ACT_GROUP bytes a group and token, one behind the other, so that the first one's padding stays zero:
 
     one token (decode): block b of a group is piece b // 4 of vector pair b % 4, its first 16 elements in the pair's low
     vector, the others in the high one. After `sum_pieces` of the four pairs, lane b holds block b's sum, in order.
@@ -66,6 +66,12 @@ def chain_index(b, n_groups):
 
 
 @device
+def first_tile(act, n_groups):
+    """Prefill layout: where its tiles begin, behind the row for one token."""
+    return act + n_groups * ACT_GROUP
+
+
+@device
 def squared_error(x, scale, inverse):
     """Per lane: the squared error of the 32 float32 at x as whole multiples of `scale`; inverse: 1 / scale"""
     error = splat_f32(0.0)
@@ -112,7 +118,7 @@ def quantize_block(x, act, n_groups, t, b, one_token):
         high_qs = low_qs + 4 * W
         entry = act + 4 * b
     else:
-        tile = act + t // TILE_TOKENS * n_groups * (TILE_TOKENS * ACT_GROUP)
+        tile = first_tile(act, n_groups) + t // TILE_TOKENS * n_groups * (TILE_TOKENS * ACT_GROUP)
         place = chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
         low_qs = tile + 32 * place
         high_qs = low_qs + 16

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .activation import n_groups_of, tile_stride
+from .activation import first_tile, n_groups_of, tile_stride
 from .compiler import device, kernel
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
@@ -296,6 +296,7 @@ def make_mul_mat(weights: ModuleType) -> Any:
                 decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, mine)
                 first = atomic_add(work, 1) * step
             return
+        act = first_tile(act, n_groups_of(n))
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
             prefill_panel(w, row_bytes, n_rows, n, act, out, add, row, n_tokens, nth, mine)

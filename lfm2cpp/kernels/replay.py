@@ -52,7 +52,7 @@ from .team_layout import (
 )
 
 BARRIER_SPINS = 2000  # pauses before a waiting thread gives its core away; a pause is 40 to 140 cycles on x86
-IDLE_SPINS = 3000  # pauses before an idle thread goes to sleep: longer than sampling takes between two tokens
+IDLE_SPINS = 10000  # pauses before an idle thread goes to sleep: longer than sampling takes between two tokens
 
 
 @device

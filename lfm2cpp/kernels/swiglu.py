@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .activation import n_groups_of, quantize_block, tile_stride
+from .activation import first_tile, n_groups_of, quantize_block, tile_stride
 from .compiler import device, kernel
 from .math import silu
 from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, rows_of_chunk, totals_nbytes
@@ -103,6 +103,7 @@ def make_swiglu(weights: ModuleType) -> Any:
                 decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, mine)
                 first = atomic_add(work, 1) * step
             return
+        x = first_tile(x, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS
         while row < n_rows:
             prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, nth, mine)
