@@ -270,6 +270,7 @@ def _draw_depth(parts: dict[str, Any]) -> Any:
 
 def _draw_roofline(parts: dict[str, Any]) -> Any:
     """Multiply-adds a second over multiply-adds a byte, below the roof of this machine."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     if "profile" not in parts:
@@ -280,6 +281,7 @@ def _draw_roofline(parts: dict[str, Any]) -> Any:
     f32 = max(r["limits"]["f32_macs_per_s"] for r in rows)
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     intensities = [10 ** (i / 20) for i in range(-20, 81)]
     axes.loglog(intensities, [min(peak, read * x) / 1e9 for x in intensities], "k-", label="int8 roof")
     axes.loglog(intensities, [min(f32, read * x) / 1e9 for x in intensities], "k:", label="float32 roof")

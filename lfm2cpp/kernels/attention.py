@@ -18,7 +18,7 @@ from .activation import n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from . import kv
-from .kv import AHEAD, FEW_QUERIES, KVType
+from .kv import AHEAD, KVType
 from .math import exp
 from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64
@@ -27,7 +27,7 @@ from .scalar import store_f32 as store_scalar
 from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
 from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP, QUERY_TILE
 
-SMALL_TILE, MEDIUM_TILE = 2, FEW_QUERIES  # query heads of one token that share K and V
+SMALL_TILE, MEDIUM_TILE = 2, 4  # query heads of one token that share K and V
 LOWEST = -3.0e38
 RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
 

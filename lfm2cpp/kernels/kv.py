@@ -15,14 +15,15 @@ import numpy as np
 
 from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
-from .simd import W, prefetch_far as prefetch
+from .simd import W, prefetch_far
 from .tile import make_tile
-from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS
+from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # pages that are asked for before they are used: one takes about as long as memory needs to answer
 LINE = 64  # bytes of a cache line
-FEW_QUERIES = 4  # up to which there are registers for two tiles: whole rows of a page are then used at once
+# Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
+FEW_QUERIES = 4 if REGISTERS == 32 else 2
 
 
 @device
@@ -64,7 +65,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
                     for line in range(0, size * span, LINE):
-                        prefetch(ahead + row + line)
+                        prefetch_far(ahead + row + line)
                     f = step(f, k + row, x, q_stride)
                     if two:
                         g = step(g, k + row + size * 2 * W, x, q_stride)
@@ -96,7 +97,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
                         for line in range(0, nbytes, LINE):
-                            prefetch(ahead + row + line)
+                            prefetch_far(ahead + row + line)
                         f = step(f, v + row, x, 4 * CHUNK_TOKENS)
                         if two:
                             g = step(g, v + row + size * 2 * W, x, 4 * CHUNK_TOKENS)

@@ -6,8 +6,9 @@ from . import level
 
 _LEVEL = level.target().level
 W = _LEVEL.lanes
+REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 # Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
-TILE_TOKENS = 6 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 3
+TILE_TOKENS = 6 if REGISTERS == 32 else 3
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).
