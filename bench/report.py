@@ -110,7 +110,8 @@ def _conditions(results: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Whole processes run in turn, the order changing every round; a ratio is the median of the rounds' ratios, "
-        "with the smallest and the largest behind it. Above 1: lfm2cpp is faster. Speeds are medians, in tokens per second. "
+        "with the smallest and the largest behind it. Above 1: lfm2cpp is faster. Speeds are medians, in tokens per "
+        "second. "
         "The weights are random, in the true shapes (`lfm2cpp bench --random`).",
     ]
     return lines

@@ -184,7 +184,8 @@ def write_random_models(
         raise UsageError(f"{len(wanted)} --random and {len(paths)} files in -m: give as many, or no -m")
     shapes = [find_shape(shape) for shape, _ in wanted]
     sizes = [model_nbytes(shape, file_type) for shape, (_, file_type) in zip(shapes, wanted, strict=True)]
-    names = [Path(f"LFM2-{shape.name}-random-{file_type}.gguf") for shape, (_, file_type) in zip(shapes, wanted)]
+    types = [file_type for _, file_type in wanted]
+    names = [Path(f"LFM2-{shape.name}-random-{kind}.gguf") for shape, kind in zip(shapes, types, strict=True)]
     for shape, size, path, (_, file_type) in zip(shapes, sizes, paths or names, wanted, strict=True):
         with Progress(f"writing {path.name}", total=size) as bar:
             write_random_model(path, shape, file_type, seed=seed, force=force, progress=bar.update)

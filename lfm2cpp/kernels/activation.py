@@ -107,7 +107,7 @@ def scale_of(x, amax):
 
 @device
 def quantize_block(x, act, n_groups, t, b, one_token):
-    """Quantize the 32 float32 at x into block b of token t of the rows at `act`, in the layout for one token or more."""
+    """Quantize the 32 float32 at x into block b of token t of the rows at `act`, laid out for one token or more."""
     peak = absolute(load_f32(x))
     for i in range(W, QK, W):
         peak = maximum(absolute(load_f32(x + 4 * i)), peak)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from . import kv
 from .activation import n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
-from . import kv
 from .kv import AHEAD, KVType
 from .math import exp
 from .ops import share_of
@@ -104,10 +104,10 @@ def make_attend(n_queries: int, kv: KVType) -> Any:
     scores, weighted_sum = kv.make_scores(n_queries), kv.make_weighted_sum(n_queries)
 
     @device
-    def attend(q, q_stride, n_embd_head, n_padded, pages, coming, k_offset, v_offset, valid, valid_step, count, scale, s,
-               out):  # fmt: skip
-        """Query i sees the first valid + i * valid_step keys of the chunk at `pages`; the one at `coming` (0: none) will
-        be next. s: scratch, n_queries rows; out: results."""
+    def attend(q, q_stride, n_embd_head, n_padded, pages, coming, k_offset, v_offset, valid, valid_step, count, scale,
+               s, out):  # fmt: skip
+        """Query i sees the first valid + i * valid_step keys of the chunk at `pages`; the one at `coming` (0: none)
+        will be next. s: scratch, n_queries rows; out: results."""
         n_keys = min(CHUNK_TOKENS, valid + valid_step * (count - 1))
         row = 4 * (RESULT_HEAD + n_padded)
         scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, s)

@@ -111,7 +111,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
         @device
         def weighted_sum(p, pages, k_offset, v_offset, n_padded, n_keys, coming, out, out_stride):
-            """out[query, column] = sum of p[query, key] * v[key, column]; the pages at `coming` (0: none) will be next"""
+            """out[query, column] = sum of p[query, key] * v[key, column]; the pages at `coming` (0: none) come next"""
             column, row_bytes = 0, size * n_padded
             if n_queries <= FEW_QUERIES:
                 for _ in range(n_padded // (4 * W)):

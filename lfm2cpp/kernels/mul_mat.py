@@ -237,7 +237,7 @@ def whole_rows(w, row_bytes, n_rows, scratch):
 
 @device
 def store_totals(totals, out, add, t, count, row, n_rows):
-    """The sums of tokens t .. t + count - 1, rows row .. row + 2 W - 1 as far as there are, to out: (n_tokens, n_rows)"""
+    """Sums of tokens t .. t + count - 1, rows row .. row + 2 W - 1 as far as there are, to out: (n_tokens, n_rows)"""
     for i in range(count):
         sums, where = totals + i * SUMS, 4 * ((t + i) * n_rows + row)
         if row + 2 * W <= n_rows:

@@ -164,7 +164,7 @@ def make_run_tile(n_tokens: int) -> Any:
         runs = runs_of(n)
         for i in range(2 * n_tokens):
             store_f32(totals + i * 4 * W, splat_f32(0.0))
-        for lane in range(W):
+        for _ in range(W):
             even = run_chain(panel, x, runs)
             odd = run_chain(panel + runs * 8 * W, x + runs * STEP, runs)
             add_to(totals, add(even, odd))

@@ -194,7 +194,7 @@ def pause(typingctx: Any, _: Any) -> Any:
         if machine in ("x86_64", "i686"):
             name, args = "llvm.x86.sse2.pause", []
         elif machine in ("aarch64", "arm64"):
-            name, args = "llvm.aarch64.isb", [ir.Constant(I32, 15)]  # what yields a pipeline; `yield` itself takes no time
+            name, args = "llvm.aarch64.isb", [ir.Constant(I32, 15)]  # empties the pipeline; `yield` would take no time
         else:
             return context.get_dummy_value()
         function_type = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])

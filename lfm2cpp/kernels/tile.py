@@ -199,7 +199,8 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def store(builder, address, stride, f):
         for i, value in enumerate(unpack(builder, f)):
             half, t = divmod(i, n_tokens)
-            store_vector(builder, builder.add(_at_token(builder, address, stride, t), ir.Constant(I64, half * VECTOR)), value)
+            where = builder.add(_at_token(builder, address, stride, t), ir.Constant(I64, half * VECTOR))
+            store_vector(builder, where, value)
 
     @vector_op(floats, floats, floats)
     def add(builder, f, g):

@@ -7,7 +7,6 @@ except B * X where an older transformers convolves it in place.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

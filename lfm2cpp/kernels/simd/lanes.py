@@ -126,7 +126,8 @@ def sum_pieces_small(builder, a, b, c, d):
 def transpose_square(builder, source, destination, stride):
     """W x W float32: rows of W at source, `stride` bytes apart, become columns at destination (rows of 4 W bytes)"""
     rows = [
-        load_vector(builder, builder.add(source, builder.mul(stride, ir.Constant(I64, i))), F32_VECTOR) for i in range(W)
+        load_vector(builder, builder.add(source, builder.mul(stride, ir.Constant(I64, i))), F32_VECTOR)
+        for i in range(W)
     ]
     # Transpose 4 x 4 lanes within the pieces, then the pieces themselves.
     groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
