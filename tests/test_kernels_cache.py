@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -345,3 +346,24 @@ def test_a_host_that_has_used_numba_before(tmp_path: Path) -> None:
 def test_python_flags(cache: Path, flags: tuple[str, ...]) -> None:
     where = f"import os; os.environ['LFM2CPP_CACHE_DIR'] = {str(cache)!r}"  # -I and -E ignore only Python's variables
     assert finish(start(cache, flags=flags, before=where)) == (0, False, 0)
+
+
+def test_kernels_of_versions_long_unused_are_removed(tmp_path: Path) -> None:
+    """When something is compiled; what was used lately, and what is not ours by its name, stays."""
+    root = tmp_path / "kernels"
+    old, recent, foreign = root / ("0" * 24), root / ("1" * 24), root / "notes"
+    for folder in (old, recent, foreign):
+        folder.mkdir(parents=True, mode=0o700)
+        (folder / "x.o").write_bytes(b"")
+    long_ago = time.time() - cache_module.KEEP_SECONDS - 60
+    for folder in (old, foreign):
+        os.utime(folder, (long_ago, long_ago))
+    for path in (tmp_path, root):
+        path.chmod(0o700)
+    assert finish(start(tmp_path))[0] == 1
+    assert sorted(p.name for p in root.iterdir() if p not in (recent, foreign)) == [cache_module.sources_digest()]
+    assert recent.exists() and foreign.exists()
+    current = root / cache_module.sources_digest()
+    os.utime(current, (long_ago, long_ago))
+    finish(start(tmp_path))
+    assert time.time() - current.stat().st_mtime < 600  # a warm start says that it is in use

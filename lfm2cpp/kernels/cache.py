@@ -11,6 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -34,6 +36,10 @@ PACKAGES = Path(__file__).resolve().parents[2]
 SOURCE_DIRS = ("lfm2cpp/kernels", "quant")
 COMPILER_SWITCHES = ("NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE")  # environment
 LOCK_SECONDS = 120.0  # to wait for another process that compiles, before compiling as well
+KEEP_SECONDS = 60 * 24 * 3600.0  # how long the kernels of another version stay after they were last used
+
+
+KEY = re.compile("[0-9a-f]{24}")  # what sources_digest gives
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class KernelCache:
         root = cache_root()
         self.folder = root / "kernels" / (sources_digest() or "unknown")
         self._folders = (root, root / "kernels", self.folder)
+        self._known = False  # whether this process has said that the folder is in use
 
     def read(self, name: str) -> Compiled | None:
         """What was kept of a kernel, or None."""
@@ -105,6 +112,7 @@ class KernelCache:
                 return None
             if (info["name"], info["key"]) != (name, sources_digest()):  # a file that was moved here
                 return None
+            self._note_use()
             return Compiled(info["symbol"], tuple(info["params"]), code)
         except (ValueError, KeyError):
             return None
@@ -124,6 +132,7 @@ class KernelCache:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
             os.replace(temporary, self._path(name))
+            self._note_use(forget_others=True)
         except OSError as error:
             if temporary:
                 with suppress(OSError):
@@ -145,6 +154,18 @@ class KernelCache:
         finally:
             if handle is not None:
                 os.close(handle)
+
+    def _note_use(self, forget_others: bool = False) -> None:
+        """Once a process: date the folder, and where something was compiled remove those of versions long unused."""
+        if self._known:
+            return
+        self._known = True
+        with suppress(OSError):
+            os.utime(self.folder)
+            for other in self.folder.parent.iterdir() if forget_others else ():
+                unused = time.time() - other.stat().st_mtime
+                if other != self.folder and KEY.fullmatch(other.name) and unused > KEEP_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / (name.replace(":", "-") + ".o")
