@@ -33,6 +33,10 @@ class SamplingError(LFM2Error):
     """The logits leave nothing to choose from: they are not finite, or every token is forbidden."""
 
 
+class NonFiniteLogits(SamplingError):
+    """The model computed NaN or Inf."""
+
+
 class NothingAllowed(SamplingError):
     """Every token is masked: the generation can only end."""
 
@@ -175,7 +179,7 @@ class Sampler:
         np.copyto(x, logits[: len(x)])
         if len(x) and not (math.isfinite(x.max()) and math.isfinite(x.min())):  # NaN is the maximum of anything
             at = int(np.flatnonzero(~np.isfinite(x))[0])
-            raise SamplingError(f"non-finite logits (token {at}: {x[at]}); the model file holds a NaN or Inf, check it")
+            raise NonFiniteLogits(f"non-finite logits (token {at}: {x[at]})")
         if len(self._banned):
             x[self._banned] = NEG_INF
         if len(self._bias_ids):

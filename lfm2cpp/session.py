@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from .errors import ModelFormatError
 from .generate import Event, Generation, Request, check_fits, generate
+from .gguf.check import find_non_finite
 from .gguf.values import ValueType
+from .sampling import NonFiniteLogits
 from .text.vocab import VISIBLE_PIECES, Segment, Vocab, split_at
 from .worker import Worker
 
@@ -93,8 +95,17 @@ class Session:
             check_fits(len(request.prompt_ids), self.engine.n_ctx)
             sequence = self._sequence_for(request.prompt_ids)
             return generate(self.engine, sequence, self.vocab, request, emit=emit, stop=stop)
+        except NonFiniteLogits as error:
+            raise NonFiniteLogits(f"{error}; {self._why_not_finite()}") from error
         finally:
             self._running = None
+
+    def _why_not_finite(self) -> str:
+        """What to say after "non-finite logits": the first weight that is to blame, which names its layer."""
+        found = next(find_non_finite(self.engine.gguf), None)
+        if found is None:
+            return f"{self.engine.path}: no weight is NaN or Inf, so a sum overflowed; try a file of another type"
+        return f"{self.engine.path}: {found}; the file is damaged, make or download it anew"
 
     def answer(
         self, rendered: Rendered, request: Request, emit: Callable[[Event], None], stop: threading.Event

@@ -240,14 +240,16 @@ def test_prompt_ids_outside_the_vocabulary(cli: Cli, models: dict[str, Path]) ->
     assert result.code == 2 and "token id 400 is not a whole number from 0 to 399" in result.err
 
 
-def test_a_model_that_computes_nan(cli: Cli, tmp_path: Path) -> None:
-    """A27."""
+@pytest.mark.parametrize("tensor", ["token_embd_norm.weight", "blk.1.ffn_up.weight"])
+def test_a_model_that_computes_nan(cli: Cli, tmp_path: Path, tensor: str) -> None:
+    """A27: the tensor is named, and with it the layer."""
 
     def spoil(weights: Weights) -> None:
-        weights["token_embd_norm.weight"][3] = float("nan")
+        weights[tensor].reshape(-1)[3] = float("nan")
 
     result = cli("run", "-m", tiny_gguf(tmp_path / "nan.gguf", edit=spoil), "-p", "hi")
     assert result.code == 1 and result.out == "" and "error: non-finite logits" in result.err
+    assert f"tensor {tensor} holds 1 NaN or Inf, the first in row 0; the file is damaged" in result.err
 
 
 def test_a_broken_template_in_the_file(cli: Cli, tmp_path: Path) -> None:
