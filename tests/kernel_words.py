@@ -108,8 +108,7 @@ def byte_words(x, far, out):
     simd.store_bytes(out + 12 * ROW, (a | b) ^ c)
     simd.store_bytes(out + 13 * ROW, a >> 2)
     simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
-    simd.prefetch(far + 1000000)  # wherever that is
-    simd.prefetch_far(far + 1000000)
+    simd.prefetch_far(far + 1000000)  # wherever that is
 
 
 @kernel

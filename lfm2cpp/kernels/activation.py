@@ -72,6 +72,12 @@ def first_tile(act, n_groups):
 
 
 @device
+def tile_stride(n_groups):
+    """Prefill layout: bytes of a tile of rows of n_groups groups."""
+    return n_groups * (TILE_TOKENS * ACT_GROUP)
+
+
+@device
 def squared_error(x, scale, inverse):
     """Per lane: the squared error of the 32 float32 at x as whole multiples of `scale`; inverse: 1 / scale"""
     error = splat_f32(0.0)
@@ -118,7 +124,7 @@ def quantize_block(x, act, n_groups, t, b, one_token):
         high_qs = low_qs + 4 * W
         entry = act + 4 * b
     else:
-        tile = first_tile(act, n_groups) + t // TILE_TOKENS * n_groups * (TILE_TOKENS * ACT_GROUP)
+        tile = first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
         place = chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
         low_qs = tile + 32 * place
         high_qs = low_qs + 16
@@ -153,9 +159,3 @@ def write_tables(entry, n_groups, d, low, high):
 def n_groups_of(n):
     """Groups of W blocks in a row of n elements."""
     return (n // QK + W - 1) // W
-
-
-@device
-def tile_stride(n):
-    """Bytes of a tile of activation rows of n elements."""
-    return n_groups_of(n) * (TILE_TOKENS * ACT_GROUP)

@@ -80,7 +80,7 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
             by_tile(up_panel, n, x, count, up_sums)
             for i in range(count):
                 finish_rows(gate_sums + i * SUMS, up_sums + i * SUMS, hidden, act, n_groups, t + i, row, n_rows, False)
-            x += tile_stride(n)
+            x += tile_stride(n_groups_of(n))
 
     return prefill_swiglu
 

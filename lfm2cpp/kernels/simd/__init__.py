@@ -118,9 +118,6 @@ from .memory import (
     load_i32 as load_i32,
 )
 from .memory import (
-    prefetch as prefetch,
-)
-from .memory import (
     prefetch_far as prefetch_far,
 )
 from .memory import (

@@ -91,19 +91,9 @@ def store_i8(builder, address, value):
     store_vector(builder, address, builder.trunc(value, I8_LANES))
 
 
-def _prefetch(builder, address, locality):
-    where = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
-    hint = [ir.Constant(I32, value) for value in (0, locality, 1)]  # read, how near, data
-    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, *hint)
-
-
-@vector_op(types.void, int64)
-def prefetch(builder, address):
-    """Ask for the cache line at address; never faults"""
-    _prefetch(builder, address, 3)
-
-
 @vector_op(types.void, int64)
 def prefetch_far(builder, address):
-    """The same, but only into the second-level cache: what will be needed later"""
-    _prefetch(builder, address, 2)
+    """Ask for the cache line at address, as near as the second-level cache: it will be needed later. Never faults"""
+    where = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
+    hint = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, second level, data
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, *hint)

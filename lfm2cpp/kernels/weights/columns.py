@@ -1,6 +1,6 @@
-"""Numbers that lie one a row in the file and side by side in a panel: scales and minima of the rows' blocks.
+"""What lies row by row in the file and side by side in a panel: integers, and the scales and minima of their blocks.
 
-A vector put together element by element would keep the shuffle unit busy for longer than the integers do. So they are
+A vector of scales put together one by one would keep the shuffle unit busy for longer than the integers do. So they are
 first copied as they are, all of a panel's, with the moves that scalars take, and widened when the block's turn comes: a
 vector load right behind the narrow stores would have to wait for them.
 """
@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_u8, load_u16, store_i8, store_i16
-from lfm2cpp.kernels.simd import W, load_f16, load_i8_as_f32, store_f32
+from lfm2cpp.kernels.simd import W, gather_pieces, load_f16, load_i8_as_f32, store_f32, transpose_4
+
+
+@device
+def interleave_rows(pieces, row_bytes):
+    """16 bytes of W rows, from `pieces` on, as the tile takes them: vector j of four holds each row's bytes 4 j on"""
+    return transpose_4(
+        gather_pieces(pieces, 4 * row_bytes),
+        gather_pieces(pieces + row_bytes, 4 * row_bytes),
+        gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes),
+        gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes),
+    )
 
 
 @device

@@ -13,8 +13,9 @@ from lfm2cpp.kernels.simd import (
     splat_i32,
     store_bytes,
     sum_pieces_small,
-    transpose_4,
 )
+
+from .columns import interleave_rows
 
 
 @device
@@ -37,12 +38,7 @@ def sum_nibbles(qs, block_bytes, a):
 @device
 def unpack_nibbles(qs, row_bytes, out):
     """One block of W rows, a byte a nibble, interleaved by 4 for the tile; qs: the first row's nibbles."""
-    q = transpose_4(
-        gather_pieces(qs, 4 * row_bytes),
-        gather_pieces(qs + row_bytes, 4 * row_bytes),
-        gather_pieces(qs + 2 * row_bytes, 4 * row_bytes),
-        gather_pieces(qs + 3 * row_bytes, 4 * row_bytes),
-    )
+    q = interleave_rows(qs, row_bytes)
     for j in range(4):
         store_bytes(out + j * (8 * W), low_nibbles(q[j]))
         store_bytes(out + (4 + j) * (8 * W), high_nibbles(q[j]))

@@ -14,7 +14,6 @@ from lfm2cpp.kernels.simd import (
     W,
     fma,
     gather_i8_pairs,
-    gather_pieces,
     gather_pieces_2,
     high_nibbles,
     load_bytes,
@@ -27,11 +26,10 @@ from lfm2cpp.kernels.simd import (
     store_bytes,
     sum_pieces,
     to_f32,
-    transpose_4,
 )
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z32_HIGH, ACT_Z32_LOW
 
-from .columns import copy_f16, copy_i8, widen_f16, widen_i8
+from .columns import copy_f16, copy_i8, interleave_rows, widen_f16, widen_i8
 
 BLOCK, BLOCK_BYTES = 256, 210
 PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
@@ -89,18 +87,8 @@ def dot_group(acc, w, act, n_groups, g):
 @device
 def _unpack_16(rows, row_bytes, ql, qh, quarter, out):
     """16 columns of W rows: ql and qh are offsets of their bytes in the block."""
-    lows = transpose_4(
-        gather_pieces(rows + ql, 4 * row_bytes),
-        gather_pieces(rows + ql + row_bytes, 4 * row_bytes),
-        gather_pieces(rows + ql + 2 * row_bytes, 4 * row_bytes),
-        gather_pieces(rows + ql + 3 * row_bytes, 4 * row_bytes),
-    )
-    highs = transpose_4(
-        gather_pieces(rows + qh, 4 * row_bytes),
-        gather_pieces(rows + qh + row_bytes, 4 * row_bytes),
-        gather_pieces(rows + qh + 2 * row_bytes, 4 * row_bytes),
-        gather_pieces(rows + qh + 3 * row_bytes, 4 * row_bytes),
-    )
+    lows = interleave_rows(rows + ql, row_bytes)
+    highs = interleave_rows(rows + qh, row_bytes)
     for j in range(4):
         store_bytes(out + j * (8 * W), _bits(lows[j], highs[j], quarter))
 

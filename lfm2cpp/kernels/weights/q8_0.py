@@ -17,11 +17,10 @@ from lfm2cpp.kernels.simd import (
     store_bytes,
     sum_pieces,
     to_f32,
-    transpose_4,
 )
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z128
 
-from .columns import copy_f16, widen_f16
+from .columns import copy_f16, interleave_rows, widen_f16
 
 BLOCK, BLOCK_BYTES = 32, 34
 PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
@@ -67,12 +66,7 @@ def unpack_block(w, row_bytes, b, raw, panel):
         out = panel + half * (4 * W)
         for part in range(2):
             pieces = rows + half * W * row_bytes + QS + 16 * part
-            q = transpose_4(
-                gather_pieces(pieces, 4 * row_bytes),
-                gather_pieces(pieces + row_bytes, 4 * row_bytes),
-                gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes),
-                gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes),
-            )
+            q = interleave_rows(pieces, row_bytes)
             for j in range(4):
                 store_bytes(out + (4 * part + j) * (8 * W), panel_i8(q[j]))
     widen_f16(raw, panel + SCALES)
