@@ -19,6 +19,7 @@ from tiny_model import TinyShape, Weights, tiny_gguf, tiny_tokens
 
 N_EMBD, N_VOCAB, N_PAD = 512, 400, 8
 NEWLINE = "\u010a"
+HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]  # a chain of its own: "Helo!"
 SHAPE: dict[str, Any] = {
     "n_embd": N_EMBD, "n_layer": 2, "attention": (1,), "n_head": 8, "n_head_kv": 2, "n_ff": 256, "n_vocab": N_VOCAB,
     "n_pad": N_PAD, "n_ctx_train": 128000, "tied": False,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bigram_model import bigram_gguf, endless_gguf
+from bigram_model import HELLO, bigram_gguf, endless_gguf
 from cli_process import Cli, finish, lfm2cpp, started
 from tiny_model import tiny_gguf
 
@@ -21,8 +21,6 @@ from lfm2cpp import LLM
 from lfm2cpp.cli.output import AnswerOutput
 from lfm2cpp.cli.repl import Repl
 from lfm2cpp.cli.repl_input import finished, is_open
-
-HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import gguf
 import pytest
-from bigram_model import bigram_gguf, endless_gguf, piece_ids
+from bigram_model import HELLO, bigram_gguf, endless_gguf, piece_ids
 from cli_process import COMMAND, Cli, environment, finish, lfm2cpp, modules_imported, shell, started
 from tiny_model import Weights, tiny_gguf
 
-HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
 CONTROLS = ["A", "\u011b", "]", "5", "2", "\u0107", "\u010d", "B", "\u011a", "<|im_end|>"]  # A ESC ] 5 2 BEL CR B 0x1a
 T = gguf.GGUFValueType
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bigram_model import bigram_gguf, endless_gguf
+from bigram_model import HELLO, bigram_gguf, endless_gguf
 from cli_process import COMMAND, environment
 
-HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
 CTRL_C, CTRL_D, ESCAPE = "\x03", "\x04", "\x1b"
 
 

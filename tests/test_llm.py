@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from bigram_model import N_VOCAB, bigram_gguf, endless_gguf, piece_ids
+from bigram_model import HELLO, N_VOCAB, bigram_gguf, endless_gguf, piece_ids
 from tiny_model import tiny_gguf
 
 from lfm2cpp import LLM
@@ -17,7 +17,6 @@ from lfm2cpp.errors import ContextError, ModelFormatError, UsageError
 from lfm2cpp.generate import Generation, Piece
 from lfm2cpp.sampling import SamplingParams
 
-HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
 USER = {"role": "user", "content": "hi"}
 
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bigram_model import bigram_gguf, endless_gguf
+from bigram_model import HELLO, bigram_gguf, endless_gguf
 from tiny_model import tiny_gguf
 
 from lfm2cpp import LLM
 from lfm2cpp.errors import LFM2Error, UsageError
 from lfm2cpp.generate import Piece
 
-HELLO = ["H", "e", "l", "o", "!", "<|im_end|>"]
 ROOT = Path(__file__).parents[1]
 USER = {"role": "user", "content": "hi"}
 
@@ -108,7 +107,6 @@ def test_an_error_comes_out_where_events_are_read(tmp_path: Path) -> None:
             list(stream)
         assert list(stream) == []
         llm.generate([1, 21], max_tokens=1)
-
 
 
 def test_use_after_close(hello_path: Path) -> None:
