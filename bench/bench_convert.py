@@ -51,7 +51,8 @@ def make_checkpoint(directory: Path, shape: TinyShape) -> None:
     (directory / "config.json").write_text(json.dumps(hf_config(shape)))
     (directory / "tokenizer.json").write_text(json.dumps(_tokenizer(shape)))
     names = {"bos_token": SPECIALS[1], "eos_token": SPECIALS[7], "pad_token": SPECIALS[0]}
-    (directory / "tokenizer_config.json").write_text(json.dumps({**names, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    config = {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _tokenizer(shape: TinyShape) -> dict:

@@ -252,12 +252,10 @@ def _check_added(
         content, declared = token["content"], token["id"]
         if pieces.get(content) == declared:
             continue
+        said = f"{path}: added token {content[:80]!r} declares id {declared}"
         if declared in by_id:
-            owner = by_id[declared][:80]
-            raise CheckpointError(f"{path}: added token {content[:80]!r} declares id {declared}, which belongs to {owner!r}")
-        note(
-            f"{path}: added token {content[:80]!r} declares id {declared}, transformers and we give it {pieces[content]}"
-        )
+            raise CheckpointError(f"{said}, which belongs to {by_id[declared][:80]!r}")
+        note(f"{said}, transformers and we give it {pieces[content]}")
 
 
 def _added_text(piece: str, flags: Any) -> str:

@@ -13,8 +13,22 @@ from lfm2cpp.kernels.scalar import load_f32, store_f32, store_i16, store_i64
 
 from .legacy import INFINITY, MAGNITUDE, finite_half
 from .vectors import (
-    as_float, bits, f16_of_f32, f32_of_f16, first_true, greater, largest, lesser, load_f32x16, load_u8x32,
-    low_byte, select, splat_16, stack, store, truncated,
+    as_float,
+    bits,
+    f16_of_f32,
+    f32_of_f16,
+    first_true,
+    greater,
+    largest,
+    lesser,
+    load_f32x16,
+    load_u8x32,
+    low_byte,
+    select,
+    splat_16,
+    stack,
+    store,
+    truncated,
 )  # fmt: skip
 
 GROUP_MAX_EPS = np.float32(1e-15)  # ggml's: what is below it everywhere counts as zero

@@ -13,8 +13,21 @@ from lfm2cpp.kernels.compiler import device, kernel
 from lfm2cpp.kernels.scalar import load_f32, store_i16, store_i32, store_i64
 
 from .vectors import (
-    as_float, bits, f16_of_f32, first_true, high_half, largest, lesser, load_f32x32, low_byte, low_half, mask_bits,
-    select, smallest, store, truncated,
+    as_float,
+    bits,
+    f16_of_f32,
+    first_true,
+    high_half,
+    largest,
+    lesser,
+    load_f32x32,
+    low_byte,
+    low_half,
+    mask_bits,
+    select,
+    smallest,
+    store,
+    truncated,
 )  # fmt: skip
 
 SIGN = -0x80000000

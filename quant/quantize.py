@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def _write(
         work = (pool.submit(_stored, gguf, slab) for t in plan.tensors for slab in slabs[t.name])
         results = _in_order(work, SLABS_AHEAD * n_threads)
         tensors = [
-            TensorToWrite(t.name, t.shape, t.target, lambda n=len(slabs[t.name]): islice(results, n))
+            TensorToWrite(t.name, t.shape, t.target, partial(islice, results, len(slabs[t.name])))
             for t in plan.tensors
         ]
         write_gguf(dst, plan.metadata, tensors, force=force, progress=progress, inputs=gguf.paths)

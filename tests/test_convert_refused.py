@@ -9,8 +9,22 @@ import struct
 
 import pytest
 from convert_changes import (
-    NORM, W1, Change, adapter, config, empty, header, index, link_outside, only_pickle, remove, shards, tensor_set,
-    tensors, text, tokenizer,
+    NORM,
+    W1,
+    Change,
+    adapter,
+    config,
+    empty,
+    header,
+    index,
+    link_outside,
+    only_pickle,
+    remove,
+    shards,
+    tensor_set,
+    tensors,
+    text,
+    tokenizer,
 )  # fmt: skip
 from convert_fixtures import checkpoint, convert, model  # noqa: F401
 from convert_variants import split_into_shards, update_json

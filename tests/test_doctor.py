@@ -20,8 +20,8 @@ from lfm2cpp.cli.doctor import describe, find_warnings
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.engine.memory import KV_TYPES
 from lfm2cpp.ggml import GGMLType
-from lfm2cpp.kernels.level import LEVELS, target
 from lfm2cpp.kernels.cache import KernelCache
+from lfm2cpp.kernels.level import LEVELS, target
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "350M,n_embd=256,n_layer=3,attention=1,n_ff=512,n_vocab=1024"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +164,7 @@ def large_model(path: Path, n_layer: int = 8) -> Path:
 
     entries = [e for e in iter_tensors(lfm2, hp) if not e.spec.optional]
     tensors = [
-        TensorToWrite(e.name, e.shape, GGMLType.F32, lambda n=int(np.prod(e.shape)): chunks(n)) for e in entries
+        TensorToWrite(e.name, e.shape, GGMLType.F32, partial(chunks, math.prod(e.shape))) for e in entries
     ]
     write_gguf(path, metadata, tensors)
     return path

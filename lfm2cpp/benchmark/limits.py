@@ -98,15 +98,17 @@ def f32_rate(n_threads: int, rounds: int = PEAK_ROUNDS) -> float:
 def _peak(name: str, operands: np.ndarray, macs_a_round: int, n_threads: int, rounds: int) -> float:
     kernel = _load(name)
     copies = [_aligned_copy(operands) for _ in range(n_threads)]
+
+    def seconds_of(n: int, n_threads: int, rounds: int) -> float:
+        return best_seconds(
+            lambda ith: _call(kernel, operands=copies[ith].ctypes.data, rounds=n), n_threads, rounds
+        )
+
     n = 1000
-    while True:  # find how many rounds take long enough to be timed
-        seconds = best_seconds(lambda ith: _call(kernel, operands=copies[ith].ctypes.data, rounds=n), 1, 1)
-        if seconds >= PEAK_SECONDS / 4:
-            break
+    while (seconds := seconds_of(n, 1, 1)) < PEAK_SECONDS / 4:  # find how many rounds take long enough to be timed
         n *= 4
     n = max(1, int(n * PEAK_SECONDS / seconds))
-    seconds = best_seconds(lambda ith: _call(kernel, operands=copies[ith].ctypes.data, rounds=n), n_threads, rounds)
-    return n * macs_a_round * n_threads / seconds
+    return n * macs_a_round * n_threads / seconds_of(n, n_threads, rounds)
 
 
 def _load(name: str) -> Kernel:
