@@ -108,6 +108,8 @@ def byte_words(x, far, out):
     simd.store_bytes(out + 12 * ROW, (a | b) ^ c)
     simd.store_bytes(out + 13 * ROW, a >> 2)
     simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
+    simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
+    simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
     simd.prefetch_far(far + 1000000)  # wherever that is
 
 

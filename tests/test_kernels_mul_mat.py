@@ -106,14 +106,16 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
     for t in range(n_tokens):
         tile = act[(t // n_tile * n_tile + (n_tokens > 1)) * stride :]  # the tiles come behind the row for one token
         for b in range(n_blocks):
+            i = np.arange(32)
             if n_tokens == 1:
-                low = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16
-                high, place = low + 4 * W, b
+                place = b
+                at = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16 + i // 16 * 4 * W + i % 16
             else:
                 place = (b % W * n_groups + b // W) * n_tile + t % n_tile
-                low, high = 32 * place, 32 * place + 16
-            qs[t, 32 * b : 32 * b + 16] = tile[low : low + 16].view(np.int8)
-            qs[t, 32 * b + 16 : 32 * b + 32] = tile[high : high + 16].view(np.int8)
+                at = 32 * place + i
+                if widths.PAIRS:  # 8 of a token, 8 of its neighbour
+                    at = 64 * (place // 2) + i // 8 * 16 + place % 2 * 8 + i % 8
+            qs[t, 32 * b : 32 * b + 32] = tile[at].view(np.int8)
             d[t, b] = tile[n_tile * n_groups * widths.ACT_D + 4 * place :][:4].view(np.float32)[0]
     return qs, d
 

@@ -135,7 +135,7 @@ def test_sum_pieces_small_at_its_limits() -> None:
 def test_byte_words() -> None:
     a, b, c, d = (octets(i) for i in range(4))
     far = guarded(np.random.default_rng(8).integers(0, 256, 3 + 210 * (PIECES + 1), np.uint8))
-    found = say("byte_words", 16, x=rows(a, b, c, d), far=far)
+    found = say("byte_words", 18, x=rows(a, b, c, d), far=far)
     check(found[0], a & b)
     check(found[1], a & 15)
     check(found[2], a >> 4)
@@ -151,13 +151,16 @@ def test_byte_words() -> None:
     check(found[12], (a | b) ^ c)
     check(found[13], a >> 2)
     check(found[14], far[:W].view(np.int8).astype(np.float32))
+    halves = np.stack([v.reshape(PIECES, 2, 8) for v in (a, b)], axis=2)  # [piece][half][vector][byte]
+    check(found[16], np.ascontiguousarray(halves[:, 0]).reshape(4 * W))
+    check(found[17], np.ascontiguousarray(halves[:, 1]).reshape(4 * W))
 
 
 def test_loads_stay_within_their_vectors() -> None:
     """gather_pieces and load_* of the last bytes there are."""
     far = guarded(np.arange(8 + 2 * 7 + 210 * (W // 8 or 1), dtype=np.uint8))
     x = rows(*(octets(i) for i in range(4)))
-    say("byte_words", 16, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
+    say("byte_words", 18, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:

@@ -8,7 +8,8 @@ of ACT_GROUP bytes a group and token, one behind the other, so that the first on
 
     more tokens (prefill): tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
     through memory with one address. Blocks in the order in which they are added up, chain by chain: those with the same
-    b % W follow each other, TILE_TOKENS times 32 bytes each.
+    b % W follow each other, TILE_TOKENS times 32 bytes each: token after token, or, where the product takes pairs of
+    tokens (dot_tile.py), pair after pair, 8 elements of the one and of the other in turn.
 
 Either way the tables follow, one entry a block (and token), in group order or in chain order:
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from .compiler import device
 from .dot import I8_BIAS
+from .dot_tile import HALF
 from .scalar import store_f32, store_i32
 from .simd import (
     W,
@@ -43,7 +45,7 @@ from .simd import (
     sum_lanes_4,
     sum_lanes_i32,
 )
-from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, TILE_TOKENS
+from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, PAIRS, TILE_TOKENS
 
 QK = 32
 CANDIDATES = 4  # numbers of levels that are tried, from 127 down
@@ -122,12 +124,15 @@ def quantize_block(x, act, n_groups, t, b, one_token):
     if one_token:
         low_qs = act + decode_offset(b)
         high_qs = low_qs + 4 * W
+        gap = 0
         entry = act + 4 * b
     else:
         tile = first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
         place = chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
-        low_qs = tile + 32 * place
-        high_qs = low_qs + 16
+        low_qs, gap = tile + 32 * place, 0
+        if PAIRS:
+            low_qs, gap = low_qs - place % 2 * (32 - 8), 8
+        high_qs = low_qs + HALF
         entry = tile + 4 * place
         n_groups *= TILE_TOKENS
     low_sum = splat_i32(0)
@@ -135,11 +140,11 @@ def quantize_block(x, act, n_groups, t, b, one_token):
     for i in range(0, 16, W):
         q = round_to_i32(load_f32(x + 4 * i) * inverse)
         low_sum = low_sum + q
-        store_i8(low_qs + i, q)
+        store_i8(low_qs + i + i // 8 * gap, q)
     for i in range(0, 16, W):
         q = round_to_i32(load_f32(x + 64 + 4 * i) * inverse)
         high_sum = high_sum + q
-        store_i8(high_qs + i, q)
+        store_i8(high_qs + i + i // 8 * gap, q)
     write_tables(entry, n_groups, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
 
 

@@ -16,7 +16,7 @@ from .simd.registers import I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, i32
 from .vector import call_llvm, constant, shuffle, vector_op
 
 _VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
-_NEON = LEVEL.name.startswith("neon")
+NEON = LEVEL.name.startswith("neon")
 I8_BIAS = 128 if _VNNI else 0
 
 
@@ -36,6 +36,11 @@ def _sdot(builder, acc, w, a):
     return call_llvm(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32_VECTOR, acc, w, a)
 
 
+def dot_pairs_value(builder, acc, w, a):
+    """NEON i8mm: 2 rows by 2 tokens, 8 columns of each: acc[r][t] + sum of w[r] * a[t]"""
+    return call_llvm(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", I32_VECTOR, acc, w, a)
+
+
 def _widened(builder, acc, w, a):
     wide = ir.VectorType(I16, 4 * W)
     products = builder.mul(builder.sext(w, wide), builder.sext(a, wide))
@@ -50,7 +55,7 @@ def dot_u7_value(builder, acc, u, a):
         return _vpdpbusd(builder, acc, u, a)
     if LEVEL.name == "avx2":
         return _maddubs(builder, acc, u, a)
-    return (_sdot if _NEON else _widened)(builder, acc, u, a)
+    return (_sdot if NEON else _widened)(builder, acc, u, a)
 
 
 def dot_i8_value(builder, acc, w, a):
@@ -62,7 +67,7 @@ def dot_i8_value(builder, acc, w, a):
         minus = builder.sub(constant(I8_VECTOR, 0), a)
         signed = builder.select(builder.icmp_signed("<", w, constant(I8_VECTOR, 0)), minus, a)
         return _maddubs(builder, acc, size, signed)
-    return (_sdot if _NEON else _widened)(builder, acc, w, a)
+    return (_sdot if NEON else _widened)(builder, acc, w, a)
 
 
 def dot_panel_i8_value(builder, acc, w, a):

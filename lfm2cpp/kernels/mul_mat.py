@@ -19,11 +19,11 @@ import numpy as np
 
 from .activation import first_tile, n_groups_of, tile_stride
 from .compiler import device, kernel
+from .dot_tile import BLOCK, ENTRY, make_dot_tile
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
-from .tile import BLOCK, ENTRY, make_tile
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
@@ -118,7 +118,7 @@ assert max(W // (t.BLOCK // 32) * t.BLOCK_BYTES for t in (q4_0, q4_1, q6_K, q8_0
 
 def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
     """Some chains of a panel by the first n_tokens tokens of each tile, for a block type."""
-    tile, panel_block = make_tile(n_tokens), weights.PANEL_BLOCK
+    tile, panel_block = make_dot_tile(n_tokens), weights.PANEL_BLOCK
     zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
 
     @device

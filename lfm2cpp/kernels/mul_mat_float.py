@@ -17,15 +17,14 @@ from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, fma, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
-from .tile import ENTRY, make_tile
+from .tile import make_tile
 from .weights import floats
 from .widths import TILE_TOKENS
 
 RUN = 2 * W  # columns that advance both chains of every lane by one
 SMALL_TILE = 2
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
-
-
+ENTRY = 4  # bytes of an activation
 STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
 
 

@@ -29,6 +29,8 @@ from .arithmetic import (
 )
 from .gather import gather_f16, gather_i8_pairs, gather_pieces, gather_pieces_2, make_gather_f16, repeat_f16
 from .lanes import (
+    high_halves,
+    low_halves,
     max_lanes,
     sum_lanes,
     sum_lanes_4,

@@ -97,6 +97,24 @@ def transpose_4(builder, a, b, c, d):
     return result
 
 
+@vector_op(bytes_, bytes_, bytes_)
+def low_halves(builder, a, b):
+    """Within each piece: a's first 8 bytes, then b's"""
+    return _halves(builder, a, b, 0)
+
+
+@vector_op(bytes_, bytes_, bytes_)
+def high_halves(builder, a, b):
+    """Within each piece: a's last 8 bytes, then b's"""
+    return _halves(builder, a, b, 8)
+
+
+def _halves(builder, a, b, first):
+    eight = [piece * 16 + first + i for piece in range(PIECES) for i in range(8)]
+    lanes = [start + i for piece in range(0, 8 * PIECES, 8) for start in (0, 4 * W) for i in eight[piece : piece + 8]]
+    return shuffle(builder, a, b, lanes)
+
+
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces(builder, a, b, c, d):
     """Within each piece: lane 0 is the sum of a's four lanes, lane 1 of b's, lane 2 of c's, lane 3 of d's"""

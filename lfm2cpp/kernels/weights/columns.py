@@ -9,18 +9,33 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_u8, load_u16, store_i8, store_i16
-from lfm2cpp.kernels.simd import W, gather_pieces, load_f16, load_i8_as_f32, store_f32, transpose_4
+from lfm2cpp.kernels.simd import (
+    W,
+    gather_pieces,
+    high_halves,
+    load_f16,
+    load_i8_as_f32,
+    low_halves,
+    store_f32,
+    transpose_4,
+)
+from lfm2cpp.kernels.widths import PAIRS
 
 
 @device
 def interleave_rows(pieces, row_bytes):
-    """16 bytes of W rows, from `pieces` on, as the tile takes them: vector j of four holds each row's bytes 4 j on"""
-    return transpose_4(
-        gather_pieces(pieces, 4 * row_bytes),
-        gather_pieces(pieces + row_bytes, 4 * row_bytes),
-        gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes),
-        gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes),
-    )
+    """16 bytes of W rows, from `pieces` on, as four vectors for the tile (dot_tile.py)
+
+    In columns, vector j holds bytes 4 j .. 4 j + 3 of every row. In pairs, vector 2 j + p holds bytes 8 j .. 8 j + 7 of
+    rows 2 p and 2 p + 1.
+    """
+    a = gather_pieces(pieces, 4 * row_bytes)
+    b = gather_pieces(pieces + row_bytes, 4 * row_bytes)
+    c = gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes)
+    d = gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes)
+    if PAIRS:
+        return low_halves(a, b), low_halves(c, d), high_halves(a, b), high_halves(c, d)
+    return transpose_4(a, b, c, d)
 
 
 @device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot_u7
+from lfm2cpp.kernels.dot_tile import HALF
 from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
 from lfm2cpp.kernels.simd import (
     W,
@@ -123,7 +124,7 @@ def finish_block(tile):
     @device
     def finish(f, panel, a, tables, n_groups):
         low = dot(start(tables + n_groups * ACT_Z32_LOW), panel, a)
-        high = dot(start(tables + n_groups * ACT_Z32_HIGH), panel + 32 * W, a + 16)
+        high = dot(start(tables + n_groups * ACT_Z32_HIGH), panel + 32 * W, a + HALF)
         sums = combine(low, panel + LOW_SCALES, high, panel + HIGH_SCALES)  # exact: below 2**24
         return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D)
 
