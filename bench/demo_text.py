@@ -218,8 +218,8 @@ MAKERS: dict[str, Callable[[Random], Turn]] = {
 }  # fmt: skip
 # How often each kind of turn stands in the training text.
 WEIGHTS = {
-    "addition": 18, "subtraction": 22, "facts": 14, "alphabetical": 7, "descending": 5,
-    "reverse": 5, "small_talk": 4, "unknown": 5, "tell": 9, "ask": 11,
+    "addition": 14, "subtraction": 19, "facts": 13, "alphabetical": 11, "descending": 10,
+    "reverse": 6, "small_talk": 3, "unknown": 4, "tell": 9, "ask": 11,
 }  # fmt: skip
 
 

@@ -32,10 +32,10 @@ class Schedule:
 
     steps: int
     warmup: int = 100
-    longer_from: float = 0.4
-    longest_from: float = 0.8
-    decay_from: float = 0.8
-    rounding_from: float = 0.82
+    longer_from: float = 0.35
+    longest_from: float = 0.75
+    decay_from: float = 0.65
+    rounding_from: float = 0.75
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate: warm-up, constant, linearly to zero."""

@@ -16,7 +16,7 @@ from bench.demo_text import FACTS, HELD_OUT_ONE_IN, MAKERS, is_held_out, trainin
 
 DEMO = Path(__file__).resolve().parents[1] / "lfm2cpp" / "demo"
 N_CHATS = 3000
-TEXT_SHA256 = "ea427c62718e8fb7011da6a4aaf165d4b793dc7316bd66e04f921586137c190c"
+TEXT_SHA256 = "107b3e7b82f7b4b3b931d31f0a4447e401b711fb4114751a4c4ce78c019d00b4"
 
 
 @pytest.fixture(scope="module")
