@@ -110,7 +110,8 @@ def byte_words(x, far, out):
     simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
     simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
     simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
-    simd.prefetch_far(far + 1000000)  # wherever that is
+    simd.prefetch_near(far + 1000000)  # wherever that is
+    simd.prefetch_far(far + 1000000)
 
 
 @kernel

@@ -20,28 +20,44 @@ import numpy as np
 from .activation import first_tile, n_groups_of, tile_stride
 from .compiler import device, kernel
 from .dot_tile import BLOCK, ENTRY, make_dot_tile
-from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
+from .scalar import atomic_add, atomic_load, compare_and_swap, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
+from .simd import W, load_f32, prefetch_far, prefetch_near, splat_f32, store_f32, transpose_square
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
-CHUNKS_A_THREAD = 8
-# Bytes that decode asks for ahead of what it uses. The hardware's prefetchers stop at every page of 4 KiB. Into the
-# second-level cache: the first one's line buffers are what loads need. Against 2 KiB into the first level, a 350M Q4_0
-# took 7.4 ms a token instead of 9.7 (`lfm2cpp bench --profile`, 2 threads of a Xeon of 2023, 2026-11-21).
-PREFETCH = 16384
+SHARES_A_THREAD = 2
+# How far ahead of what it uses decode asks for bytes. The hardware's prefetchers stop at every page of 4 KiB, so lines
+# are called into the second-level cache early; soon before their use, into the first, where few may be on their way.
+FAR, NEAR = 16384, 1536
 SMALL_TILE = 2
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
 SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
 
 
 @device
-def rows_of_chunk(n_rows, nth, unit):
-    """Rows a thread takes at a time: whole units, about CHUNKS_A_THREAD times a thread."""
-    rows = n_rows // (nth * CHUNKS_A_THREAD)
-    return max(unit, rows // unit * unit)
+def take_rows(work, n_rows, nth, unit):
+    """The rows that a thread does next, whole units: (first, last); nothing when all are taken.
+
+    A share is a part of what is left, so the streams of reads are long and the threads still end together.
+    """
+    while True:
+        first = atomic_load(work)
+        left = n_rows - first
+        if left <= 0:
+            return n_rows, n_rows
+        step = max(unit, left // (SHARES_A_THREAD * nth) // unit * unit)
+        if compare_and_swap(work, first, first + step):
+            return first, min(first + step, n_rows)
+
+
+@device
+def prefetch_stream(address, nbytes):
+    """Keep a stream of reads supplied; called for each nbytes of it with the address that they are used from."""
+    for i in range(0, nbytes, 64):
+        prefetch_near(address + (NEAR + i))
+        prefetch_far(address + (FAR + i))
 
 
 @device
@@ -76,8 +92,7 @@ def make_row_sums(weights: ModuleType) -> Any:
         acc = splat_f32(0.0)
         for g in range(n_full):
             group = row_group(row, g)
-            for i in range(PREFETCH, PREFETCH + group_bytes, 64):
-                prefetch_far(group + i)
+            prefetch_stream(group, group_bytes)
             acc = dot_group(acc, group, act, n_groups, g)
         if n_full < n_groups:
             # The last group is not whole: complete it with zero blocks.
@@ -290,12 +305,10 @@ def make_mul_mat(weights: ModuleType) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            step = rows_of_chunk(n_rows, nth, W)
-            first = atomic_add(work, 1) * step
-            while first < n_rows:
-                last = min(first + step, n_rows)
+            first, last = take_rows(work, n_rows, nth, W)
+            while first < last:
                 decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, mine)
-                first = atomic_add(work, 1) * step
+                first, last = take_rows(work, n_rows, nth, W)
             return
         act = first_tile(act, n_groups_of(n))
         row = atomic_add(work, 1) * (2 * W)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from .compiler import device, kernel
-from .mul_mat import PREFETCH, rows_of_chunk, store_rows
+from .mul_mat import prefetch_stream, store_rows, take_rows
 from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, fma, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
+from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
 from .tile import make_tile
 from .weights import floats
 from .widths import TILE_TOKENS
@@ -78,9 +78,7 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
         even = splat_f32(0.0)
         odd = splat_f32(0.0)
         for k in range(0, n - RUN + 1, RUN):
-            prefetch_far(row + k * size + PREFETCH)
-            if RUN * size > 64:
-                prefetch_far(row + k * size + PREFETCH + 64)
+            prefetch_stream(row + k * size, RUN * size)
             even = fma(load(row + k * size), load_f32(x + 4 * k), even)
             odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
         left = n % RUN
@@ -216,11 +214,10 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            step = rows_of_chunk(n_rows, nth, W)
-            first = atomic_add(work, 1) * step
-            while first < n_rows:
-                decode_rows(w, n_rows, n, x, out, add, first, min(first + step, n_rows), mine)
-                first = atomic_add(work, 1) * step
+            first, last = take_rows(work, n_rows, nth, W)
+            while first < last:
+                decode_rows(w, n_rows, n, x, out, add, first, last, mine)
+                first, last = take_rows(work, n_rows, nth, W)
             return
         ld = 4 * n_rows
         row = atomic_add(work, 1) * (2 * W)

@@ -12,7 +12,7 @@ from typing import Any
 from .activation import first_tile, n_groups_of, quantize_block, tile_stride
 from .compiler import device, kernel
 from .math import silu
-from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, rows_of_chunk, totals_nbytes
+from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, take_rows, totals_nbytes
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
@@ -96,12 +96,10 @@ def make_swiglu(weights: ModuleType) -> Any:
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 1:
-            step = rows_of_chunk(n_rows, nth, ROWS)
-            first = atomic_add(work, 1) * step
-            while first < n_rows:
-                last = min(first + step, n_rows)
+            first, last = take_rows(work, n_rows, nth, ROWS)
+            while first < last:
                 decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, mine)
-                first = atomic_add(work, 1) * step
+                first, last = take_rows(work, n_rows, nth, ROWS)
             return
         x = first_tile(x, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS

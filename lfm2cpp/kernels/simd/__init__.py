@@ -48,6 +48,7 @@ from .memory import (
     load_i8_as_f32,
     load_i32,
     prefetch_far,
+    prefetch_near,
     store_bytes,
     store_f16,
     store_f32,

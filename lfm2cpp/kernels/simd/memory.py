@@ -92,8 +92,18 @@ def store_i8(builder, address, value):
 
 
 @vector_op(types.void, int64)
+def prefetch_near(builder, address):
+    """Ask for the cache line at address: it will be needed soon. Never faults"""
+    _prefetch(builder, address, 3)
+
+
+@vector_op(types.void, int64)
 def prefetch_far(builder, address):
     """Ask for the cache line at address, as near as the second-level cache: it will be needed later. Never faults"""
+    _prefetch(builder, address, 2)
+
+
+def _prefetch(builder, address, locality):
     where = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
-    hint = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, second level, data
+    hint = [ir.Constant(I32, value) for value in (0, locality, 1)]  # read, how near, data
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, *hint)
