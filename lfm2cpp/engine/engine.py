@@ -209,9 +209,7 @@ class Engine:
             self._tokens[row : row + n] = part.ids
             self._positions[row : row + n] = np.arange(state.n_past, state.n_past + n)
             self._run_of[row : row + n] = i
-            self._runs[i, : at.RUN_CONV + 1] = (
-                row, n, state.n_past, state.addresses.ctypes.data, state.conv.ctypes.data,
-            )  # fmt: skip
+            self._runs[i, : at.RUN_CONV + 1] = row, n, state.n_past, state.addresses_at, state.conv_address
             self._out_rows[n_out : n_out + part.n_wanted] = np.arange(row + n - part.n_wanted, row + n)
             n_out += part.n_wanted
             row += n

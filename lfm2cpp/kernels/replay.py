@@ -51,8 +51,8 @@ from .team_layout import (
     YIELD,
 )
 
-BARRIER_SPINS = 2000  # pauses before a waiting thread gives its core away; a pause is 40 to 140 cycles on x86
-IDLE_SPINS = 10000  # pauses before an idle thread goes to sleep: longer than sampling takes between two tokens
+BARRIER_SPINS = 2000  # pauses before a waiting thread gives its core away; a pause is 25 to 70 ns on x86
+IDLE_SPINS = 50000  # pauses, 1 to 4 ms, before an idle thread goes to sleep: more than there is between two tokens
 
 
 @device
