@@ -34,6 +34,10 @@ ROW = 256  # bytes: a vector of any level, and room behind it
 gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
 
 
+FACTORS = (1.0, 0.5, 0.75, 0.25)
+least_sum = simd.make_least_sum(FACTORS)
+
+
 @kernel
 def float_words(x, out):
     a, b, c = simd.load_f32(x), simd.load_f32(x + ROW), simd.load_f32(x + 2 * ROW)
@@ -48,7 +52,7 @@ def float_words(x, out):
     simd.store_f32(out + 7 * ROW, simd.absolute(a))
     simd.store_f32(out + 8 * ROW, simd.add_exponent(a, n))
     simd.store_f32(out + 9 * ROW, simd.to_f32(n))
-    simd.store_i32(out + 10 * ROW, simd.round_to_i32(a))
+    simd.store_i32(out + 10 * ROW, simd.product_to_i32(a, b))
     simd.store_f32(out + 11 * ROW, simd.splat_f32(np.float32(1.5)))
     simd.store_f32(out + 12 * ROW, simd.keep_first(a, 3, np.float32(-7.0)))
     simd.store_f32(out + 13 * ROW, simd.keep_first(a, -5, np.float32(-7.0)))
@@ -57,10 +61,9 @@ def float_words(x, out):
     store_f32(out + 16 * ROW, simd.max_lanes(a))
     store_f32(out + 17 * ROW, fma_f32(np.float32(3.0), np.float32(0.1), np.float32(-0.3)))
     simd.store_f32(out + 18 * ROW, simd.bits_to_f32(n))
-    simd.store_f32(out + 19 * ROW, simd.round_to_whole(a))
-    sums = simd.sum_lanes_4(a, b, c, a * b)
-    for i in range(4):
-        store_f32(out + 20 * ROW + 4 * i, sums[i])
+    simd.store_f32(out + 19 * ROW, simd.from_whole(a))
+    simd.store_f32(out + 20 * ROW, simd.reciprocal(simd.absolute(a) + simd.splat_f32(1.0)))
+    store_i64(out + 21 * ROW, least_sum(a * a, b * b, c * c, a * a))
 
 
 @kernel

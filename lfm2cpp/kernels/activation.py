@@ -34,15 +34,15 @@ from .simd import (
     W,
     absolute,
     fma,
+    from_whole,
     load_f32,
+    make_least_sum,
     max_lanes,
     maximum,
-    round_to_i32,
-    round_to_whole,
+    product_to_i32,
     splat_f32,
     splat_i32,
     store_i8,
-    sum_lanes_4,
     sum_lanes_i32,
 )
 from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, PAIRS, TILE_TOKENS
@@ -51,7 +51,7 @@ QK = 32
 CANDIDATES = 4  # numbers of levels that are tried, from 127 down
 LEVELS = tuple(np.float32(127 - i) for i in range(CANDIDATES))
 LEAST = np.float32(1e-35)  # below it a scale or its inverse would not be a normal float32
-STEPS = tuple(np.float32(1) / levels for levels in LEVELS)
+best_of = make_least_sum([1 / float(levels) ** 2 for levels in LEVELS])  # of errors in scales
 
 
 @device
@@ -80,12 +80,11 @@ def tile_stride(n_groups):
 
 
 @device
-def squared_error(x, scale, inverse):
-    """Per lane: the squared error of the 32 float32 at x as whole multiples of `scale`; inverse: 1 / scale"""
+def squared_error(x, inverse):
+    """Per lane: the squared error of the 32 float32 at x as whole numbers of scales, in scales; inverse: 1 / scale"""
     error = splat_f32(0.0)
     for i in range(0, QK, W):
-        value = load_f32(x + 4 * i)
-        off = fma(round_to_whole(value * splat_f32(inverse)), splat_f32(-scale), value)
+        off = from_whole(load_f32(x + 4 * i) * splat_f32(inverse))
         error = fma(off, off, error)
     return error
 
@@ -100,17 +99,14 @@ def scale_of(x, amax):
     if amax <= LEAST:
         return np.float32(0.0), np.float32(0.0)
     one = np.float32(1.0) / amax
-    errors = sum_lanes_4(
-        squared_error(x, amax * STEPS[0], one * LEVELS[0]),
-        squared_error(x, amax * STEPS[1], one * LEVELS[1]),
-        squared_error(x, amax * STEPS[2], one * LEVELS[2]),
-        squared_error(x, amax * STEPS[3], one * LEVELS[3]),
+    best = best_of(
+        squared_error(x, one * LEVELS[0]),
+        squared_error(x, one * LEVELS[1]),
+        squared_error(x, one * LEVELS[2]),
+        squared_error(x, one * LEVELS[3]),
     )
-    step, levels, least = STEPS[0], LEVELS[0], errors[0]
-    for i in range(1, CANDIDATES):
-        if errors[i] < least:
-            step, levels, least = STEPS[i], LEVELS[i], errors[i]
-    return amax * step, one * levels
+    levels = LEVELS[0] - np.float32(best)
+    return amax / levels, one * levels
 
 
 @device
@@ -138,11 +134,11 @@ def quantize_block(x, act, n_groups, t, b, one_token):
     low_sum = splat_i32(0)
     high_sum = splat_i32(0)
     for i in range(0, 16, W):
-        q = round_to_i32(load_f32(x + 4 * i) * inverse)
+        q = product_to_i32(load_f32(x + 4 * i), inverse)
         low_sum = low_sum + q
         store_i8(low_qs + i + i // 8 * gap, q)
     for i in range(0, 16, W):
-        q = round_to_i32(load_f32(x + 64 + 4 * i) * inverse)
+        q = product_to_i32(load_f32(x + 64 + 4 * i), inverse)
         high_sum = high_sum + q
         store_i8(high_qs + i + i // 8 * gap, q)
     write_tables(entry, n_groups, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
