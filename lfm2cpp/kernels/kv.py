@@ -15,7 +15,7 @@ import numpy as np
 
 from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
-from .simd import W, prefetch_far
+from .simd import W, prefetch_far, prefetch_near
 from .tile import make_tile
 from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS, REGISTERS
 
@@ -29,6 +29,22 @@ FEW_QUERIES = 4 if REGISTERS == 32 else 2
 @device
 def pages_of(n_keys):
     return (n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS
+
+
+@device
+def k_or_v(pages, n_pages, page, k_offset, v_offset):
+    """Address of K in a chunk's page; behind the last one, of V in its first ones"""
+    if page < n_pages:
+        return load_i64(pages + 8 * page) + k_offset
+    return load_i64(pages + 8 * min(page - n_pages, n_pages - 1)) + v_offset
+
+
+@device
+def v_or_k(pages, n_pages, page, v_offset, coming, k_offset):
+    """Address of V in a chunk's page; behind the last one, of K in the pages at `coming`, if there are any"""
+    if page >= n_pages and coming:
+        return load_i64(coming + 8 * (page - n_pages)) + k_offset
+    return load_i64(pages + 8 * min(page, n_pages - 1)) + v_offset
 
 
 @dataclass(frozen=True)
@@ -55,17 +71,15 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
             for key in range(0, n_keys, span):
                 page, slot = divmod(key, PAGE_TOKENS)
                 k = load_i64(pages + 8 * page) + k_offset + size * slot
-                # What comes: this part of the page after the next one; after the last ones the chunk's first V.
-                coming = page + AHEAD
-                if coming < n_pages:
-                    ahead = load_i64(pages + 8 * coming) + k_offset + size * slot
-                else:
-                    ahead = load_i64(pages + 8 * min(coming - n_pages, n_pages - 1)) + v_offset + size * slot
+                soon = k_or_v(pages, n_pages, page + 1, k_offset, v_offset) + size * slot
+                later = k_or_v(pages, n_pages, page + AHEAD, k_offset, v_offset) + size * slot
                 f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
                     for line in range(0, size * span, LINE):
-                        prefetch_far(ahead + row + line)
+                        if two:
+                            prefetch_near(soon + row + line)
+                        prefetch_far(later + row + line)
                     f = step(f, k + row, x, q_stride)
                     if two:
                         g = step(g, k + row + size * 2 * W, x, q_stride)
@@ -89,15 +103,15 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                 f, g = zero(0), zero(0)
                 for page in range(n_pages):
                     v = load_i64(pages + 8 * page) + v_offset
-                    if page + AHEAD >= n_pages and coming:
-                        ahead = load_i64(coming + 8 * (page + AHEAD - n_pages)) + k_offset
-                    else:
-                        ahead = load_i64(pages + 8 * min(page + AHEAD, n_pages - 1)) + v_offset
+                    soon = v_or_k(pages, n_pages, page + 1, v_offset, coming, k_offset)
+                    later = v_or_k(pages, n_pages, page + AHEAD, v_offset, coming, k_offset)
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
                         for line in range(0, nbytes, LINE):
-                            prefetch_far(ahead + row + line)
+                            if two:
+                                prefetch_near(soon + row + line)
+                            prefetch_far(later + row + line)
                         f = step(f, v + row, x, 4 * CHUNK_TOKENS)
                         if two:
                             g = step(g, v + row + size * 2 * W, x, 4 * CHUNK_TOKENS)
