@@ -164,7 +164,7 @@ def batched(c: Comparison) -> Iterator[dict[str, Any]]:
         lambda: batched_speeds([str(c.args.batched_bench)], case),
     )
     for n_parallel, numbers in found.items():
-        test = f"{n_parallel} sequence{'s'[: n_parallel > 1]}"
+        test = f"{n_parallel} sequence" + "s" * (n_parallel != "1")
         row = {"model": name_of(case.model), "threads": case.n_threads, "test": test, **numbers}
         show(row)
         yield row

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ TINY = "350M,n_embd=256,n_layer=2,attention=1,n_ff=256,n_vocab=512"
 sys.path.append(str(ROOT / "bench"))
 from peer import BatchedCase, Case, batched_speeds, whole_process  # noqa: E402
 from report import load_results, report_lines, write_report  # noqa: E402
-from side_by_side import summary  # noqa: E402
+from side_by_side import batched, summary  # noqa: E402
 
 LLAMA_BENCH = """#!{python}
 import argparse, json, sys
@@ -87,6 +88,21 @@ def test_batched_speeds_are_read_from_either_stream(tmp_path: Path) -> None:
     fake = program(tmp_path / "llama-batched-bench", BATCHED_BENCH)
     case = BatchedCase(tmp_path / "any.gguf", 1, 16, 4, (1, 8))
     assert batched_speeds([str(fake)], case) == {"1": 5.0, "8": 40.0}
+
+
+def test_batched_part_names_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    class Played:
+        args = SimpleNamespace(batched_bench=Path("llama-batched-bench"), threads=2)
+
+        def model(self, *_: str) -> Path:
+            return Path("LFM2-350M-random-Q4_0.gguf")
+
+        def in_turn(self, *_: object) -> dict[str, dict[str, object]]:
+            return {pl: summary([2.0 * int(pl)], [1.0 * int(pl)]) for pl in ("1", "8")}
+
+    rows = list(batched(Played()))
+    assert [(row["test"], row["ratio"]) for row in rows] == [("1 sequence", 2.0), ("8 sequences", 2.0)]
+    assert "8 sequences" in capsys.readouterr().out
 
 
 def test_arguments_are_llama_bench_s() -> None:
