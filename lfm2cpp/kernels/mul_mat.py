@@ -200,17 +200,18 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         n_blocks = n // 32
         raw = panel + n_blocks * panel_block
         w = prepare(w, row_bytes, n_rows, n_blocks, raw)
-        unpack_chains(w, row_bytes, 0, min(W, n_blocks), n_blocks, raw, panel, coming)
+        unpack_chains(w, row_bytes, np.int64(0), min(W, n_blocks), n_blocks, raw, panel, coming)
 
     @device
     def by_tile(panel, n, act, count, totals):
         for i in range(0, TILE_TOKENS * SUMS, 4 * W):
             store_f32(totals + i, splat_f32(0.0))
         n_blocks, n_groups = n // 32, n_groups_of(n)
+        zero, one = np.int64(0), np.int64(1)  # for a literal Numba would compile the callee once more
         if count > SMALL_TILE:
-            wide(panel, 0, min(W, n_blocks), n_blocks, n_groups, act, 1, totals)
+            wide(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
         else:
-            small(panel, 0, min(W, n_blocks), n_blocks, n_groups, act, 1, totals)
+            small(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
 
     @device
     def by_few(w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals):
@@ -227,7 +228,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             unpack_chains(w, row_bytes, c, c + 1, n_blocks, raw, panel, coming)
             wide(panel, c, c + 1, n_blocks, n_groups, act, n_tiles, totals)
             if left:
-                small(panel, c, c + 1, n_blocks, n_groups, last_tile, 1, last_totals)
+                small(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals)
 
     return PanelProduct(unpack, by_tile, by_few)
 
