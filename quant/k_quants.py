@@ -29,7 +29,7 @@ from .vectors import (
     stack,
     store,
     truncated,
-)  # fmt: skip
+)
 
 GROUP_MAX_EPS = np.float32(1e-15)  # ggml's: what is below it everywhere counts as zero
 ROUNDER = np.float32(12582912)  # 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even

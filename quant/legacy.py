@@ -28,7 +28,7 @@ from .vectors import (
     smallest,
     store,
     truncated,
-)  # fmt: skip
+)
 
 SIGN = -0x80000000
 MAGNITUDE = 0x7FFFFFFF

@@ -25,7 +25,7 @@ from convert_changes import (
     tensors,
     text,
     tokenizer,
-)  # fmt: skip
+)
 from convert_fixtures import checkpoint, convert, model  # noqa: F401
 from convert_variants import split_into_shards, update_json
 

@@ -21,8 +21,8 @@ from numba import types
 
 from .dot import NEON, dot_pairs_value, dot_panel_i8_value, dot_u7_value
 from .portable import multiply_add
-from .scalar import FLOAT, I32, I64
-from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector
+from .scalar import FLOAT, I32
+from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32
 from .tile import VECTOR, add_to_totals, load_at, pack, unpack
 from .vector import shuffle, splat, vector_op
 from .widths import PAIRS
@@ -102,7 +102,7 @@ class Pairs:
 
     def tokens(self, builder: ir.IRBuilder, table: ir.Value, element: ir.Type) -> list[ir.Value]:
         two = ir.VectorType(element, 2)
-        pairs = [load_vector(builder, _plus(builder, table, 2 * ENTRY * p), two) for p in range(self.n_token_vectors)]
+        pairs = [load_at(builder, table, 2 * ENTRY * p, two) for p in range(self.n_token_vectors)]
         return [shuffle(builder, pair, pair, [0, 1, 0, 1]) for pair in pairs]
 
     def row_bytes(self, builder: ir.IRBuilder, panel: ir.Value, step: int) -> list[ir.Value]:
@@ -119,10 +119,6 @@ class Pairs:
             for a, b in zip(first[: self.n_token_vectors], second, strict=False):
                 columns += [shuffle(builder, a, b, [0, 2, 4, 6]), shuffle(builder, a, b, [1, 3, 5, 7])]
         return columns
-
-
-def _plus(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
-    return builder.add(address, ir.Constant(I64, offset))
 
 
 def make_dot_tile(n_tokens: int) -> DotTile:

@@ -37,7 +37,7 @@ def sum_nibbles(qs, block_bytes, a):
 
 @device
 def unpack_nibbles(qs, row_bytes, out):
-    """One block of W rows, a byte a nibble, interleaved by 4 for the tile; qs: the first row's nibbles."""
+    """One block of W rows, a byte a nibble, interleaved for the tile; qs: the first row's nibbles."""
     q = interleave_rows(qs, row_bytes)
     for j in range(4):
         store_bytes(out + j * (8 * W), low_nibbles(q[j]))
