@@ -81,13 +81,17 @@ def int_words(x, out):
     simd.store_i32(out + 8 * ROW, simd.splat_i32(-3))
     store_i64(out + 9 * ROW, simd.sum_lanes_i32(simd.load_i32(x + 4 * ROW)))
     simd.store_i32(out + 10 * ROW, simd.sum_pieces(a, b, c, d))
-    small = simd.splat_i32(0xFFF)
-    offset = simd.splat_i32(0x800)
+    mask, offset = simd.splat_i32(0x7FFF), simd.splat_i32(0x4000)
     simd.store_i32(
         out + 11 * ROW,
-        simd.sum_pieces_small((a & small) - offset, (b & small) - offset, (c & small) - offset, (d & small) - offset),
+        simd.sum_pieces_small((a & mask) - offset, (b & mask) - offset, (c & mask) - offset, (d & mask) - offset),
     )
     simd.store_i8(out + 12 * ROW, simd.load_i32(x + 4 * ROW))
+    mask, offset = simd.splat_i32(0xFFFF), simd.splat_i32(0x8000)
+    simd.store_i32(
+        out + 13 * ROW,
+        simd.sum_pieces_i16((a & mask) - offset, (b & mask) - offset, (c & mask) - offset, (d & mask) - offset),
+    )
 
 
 @kernel

@@ -127,24 +127,28 @@ def test_int_words() -> None:
     with np.errstate(over="ignore"):
         results = [a + b, a - b, a * b, a & b, a | b, a ^ b, (a.view(np.uint32) >> 5).view(np.int32), a << 5,
                    np.full(W, -3, np.int32)]  # fmt: skip
-        pieces = np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in (a, b, c, d)], -1).reshape(W)
-    found = say("int_words", 13, x=rows(a, b, c, d, small))
+        all_sums = sums_of_pieces(a, b, c, d)
+    found = say("int_words", 14, x=rows(a, b, c, d, small))
     for row, expected in zip(found, results, strict=False):
         check(row, expected)
     check(found[9], np.array([small.sum()], np.int64))
-    check(found[10], pieces)
-    reduced = [(v & 0xFFF) - 0x800 for v in (a, b, c, d)]
-    check(found[11], np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in reduced], -1).reshape(W))
+    check(found[10], all_sums)
+    check(found[11], sums_of_pieces(*((v & 0x7FFF) - 0x4000 for v in (a, b, c, d))))
     check(found[12], small.astype(np.int8))
+    check(found[13], sums_of_pieces(*((v & 0xFFFF) - 0x8000 for v in (a, b, c, d))))
 
 
-def test_sum_pieces_small_at_its_limits() -> None:
-    """Lanes whose pairwise sums are the largest that 16 bits hold."""
-    for value in (16383, -16384):
-        v = np.full(W, value + 0x800, np.int32) & 0xFFF
-        assert len(set(v.tolist())) == 1
-        found = say("int_words", 13, x=rows(v, v, v, v, v))[11]
-        check(found, np.full(W, 4 * (int(v[0]) - 0x800), np.int32))
+def sums_of_pieces(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in (a, b, c, d)], -1).reshape(W)
+
+
+@pytest.mark.parametrize(("row", "bits"), [(11, 15), (13, 16)], ids=["sum_pieces_small", "sum_pieces_i16"])
+def test_sums_of_pieces_at_their_limits(row: int, bits: int) -> None:
+    """Every lane the smallest and the largest of `bits` bits: pairwise sums of 15 bits are the last to fit 16."""
+    half = 1 << (bits - 1)
+    for value in (-half, half - 1):
+        v = np.full(W, value + half, np.int32)  # the words take `half` off again
+        check(say("int_words", 14, x=rows(v, v, v, v, v))[row], np.full(W, 4 * value, np.int32))
 
 
 def test_byte_words() -> None:

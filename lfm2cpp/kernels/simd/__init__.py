@@ -37,6 +37,7 @@ from .lanes import (
     sum_lanes,
     sum_lanes_i32,
     sum_pieces,
+    sum_pieces_i16,
     sum_pieces_small,
     transpose_4,
     transpose_square,

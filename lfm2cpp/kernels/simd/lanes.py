@@ -125,29 +125,41 @@ def _halves(builder, a, b, first):
     return shuffle(builder, a, b, lanes)
 
 
-@vector_op(i32, i32, i32, i32, i32)
-def sum_pieces(builder, a, b, c, d):
-    """Within each piece: lane 0 is the sum of a's four lanes, lane 1 of b's, lane 2 of c's, lane 3 of d's"""
+def _sum_of_transposed(builder, a, b, c, d):
     w, x, y, z = transpose_4_values(builder, a, b, c, d)
     return builder.add(builder.add(w, x), builder.add(y, z))
 
 
-@vector_op(i32, i32, i32, i32, i32)
-def sum_pieces_small(builder, a, b, c, d):
-    """sum_pieces for lanes whose pairwise sums fit 16 bits: fewer instructions on x86"""
-    if not LEVEL.name.startswith("avx"):
-        w, x, y, z = transpose_4_values(builder, a, b, c, d)
-        return builder.add(builder.add(w, x), builder.add(y, z))
+def _sum_pairs_i16(builder, a, b):
+    """x86: within each piece the sums of a's lanes 0 and 1, 2 and 3, then b's; every lane fits 16 bits."""
     wide = LEVEL.bits == 512
     pack = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
     multiply_add = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
     words = ir.VectorType(I16, 2 * W)
+    return call_llvm(builder, multiply_add, I32_VECTOR, call_llvm(builder, pack, words, a, b), constant(words, 1))
 
-    def pairs(x, y):
-        both = call_llvm(builder, pack, words, x, y)
-        return call_llvm(builder, multiply_add, I32_VECTOR, both, constant(words, 1))
 
-    return pairs(pairs(a, b), pairs(c, d))
+@vector_op(i32, i32, i32, i32, i32)
+def sum_pieces(builder, a, b, c, d):
+    """Within each piece: lane 0 is the sum of a's four lanes, lane 1 of b's, lane 2 of c's, lane 3 of d's"""
+    return _sum_of_transposed(builder, a, b, c, d)
+
+
+@vector_op(i32, i32, i32, i32, i32)
+def sum_pieces_i16(builder, a, b, c, d):
+    """sum_pieces for lanes that fit 16 bits: fewer instructions on x86"""
+    if not LEVEL.name.startswith("avx"):
+        return _sum_of_transposed(builder, a, b, c, d)
+    ab, cd = _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d)
+    return builder.add(*(_within_pieces(builder, ab, cd, p) for p in ([0, 2, 4, 6], [1, 3, 5, 7])))
+
+
+@vector_op(i32, i32, i32, i32, i32)
+def sum_pieces_small(builder, a, b, c, d):
+    """sum_pieces for lanes whose pairwise sums fit 16 bits: still fewer"""
+    if not LEVEL.name.startswith("avx"):
+        return _sum_of_transposed(builder, a, b, c, d)
+    return _sum_pairs_i16(builder, _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d))
 
 
 @vector_op(types.void, int64, int64, int64)

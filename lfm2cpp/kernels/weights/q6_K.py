@@ -25,7 +25,7 @@ from lfm2cpp.kernels.simd import (
     splat_i32,
     splat_u8,
     store_bytes,
-    sum_pieces,
+    sum_pieces_i16,
     to_f32,
 )
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z32_HIGH, ACT_Z32_LOW
@@ -64,13 +64,13 @@ def dot_group(acc, w, act, n_groups, g):
     l2 = gather_pieces_2(ql + 32, 64, BLOCK_BYTES)
     l3 = gather_pieces_2(ql + 48, 64, BLOCK_BYTES)
     zero = splat_i32(0)
-    low = sum_pieces(
+    low = sum_pieces_i16(  # 4 products of at most 63 * 127
         dot_u7(zero, _bits(l0, h0, 0), load_bytes(a)),
         dot_u7(zero, _bits(l2, h0, 1), load_bytes(a + 8 * W)),
         dot_u7(zero, _bits(l0, h0, 2), load_bytes(a + 16 * W)),
         dot_u7(zero, _bits(l2, h0, 3), load_bytes(a + 24 * W)),
     )
-    high = sum_pieces(
+    high = sum_pieces_i16(
         dot_u7(zero, _bits(l1, h1, 0), load_bytes(a + 4 * W)),
         dot_u7(zero, _bits(l3, h1, 1), load_bytes(a + 12 * W)),
         dot_u7(zero, _bits(l1, h1, 2), load_bytes(a + 20 * W)),
