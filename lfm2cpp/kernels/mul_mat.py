@@ -20,44 +20,17 @@ import numpy as np
 from .activation import first_tile, n_groups_of, tile_stride
 from .compiler import device, kernel
 from .dot_tile import BLOCK, ENTRY, make_dot_tile
-from .scalar import atomic_add, atomic_load, compare_and_swap, keep_apart, load_i64, load_u8, store_i8
+from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, load_f32, prefetch_far, prefetch_near, splat_f32, store_f32, transpose_square
+from .shares import distance, next_unit, prefetch_stream, take_rows
+from .simd import W, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
-SHARES_A_THREAD = 2
-# How far ahead of what it uses decode asks for bytes. The hardware's prefetchers stop at every page of 4 KiB, so lines
-# are called into the second-level cache early; soon before their use, into the first, where few may be on their way.
-FAR, NEAR = 16384, 1536
 SMALL_TILE = 2
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
 SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
-
-
-@device
-def take_rows(work, n_rows, nth, unit):
-    """The rows that a thread does next, whole units: (first, last); nothing when all are taken.
-
-    A share is a part of what is left, so the streams of reads are long and the threads still end together.
-    """
-    while True:
-        first = atomic_load(work)
-        left = n_rows - first
-        if left <= 0:
-            return n_rows, n_rows
-        step = max(unit, left // (SHARES_A_THREAD * nth) // unit * unit)
-        if compare_and_swap(work, first, first + step):
-            return first, min(first + step, n_rows)
-
-
-@device
-def prefetch_stream(address, nbytes):
-    """Keep a stream of reads supplied; called for each nbytes of it with the address that they are used from."""
-    for i in range(0, nbytes, 64):
-        prefetch_near(address + (NEAR + i))
-        prefetch_far(address + (FAR + i))
 
 
 @device
@@ -81,18 +54,18 @@ def store_rows(lanes, columns, out, add, row, n_rows):
 
 
 def make_row_sums(weights: ModuleType) -> Any:
-    """sum_row(row, row_bytes, act, n, scratch) -> W partial sums of one row for a block type."""
+    """sum_row(row, row_bytes, far, act, n, scratch) -> W partial sums of one row for a block type."""
     row_group, dot_group = weights.row_group, weights.dot_group
     group_bytes = W // (weights.BLOCK // 32) * weights.BLOCK_BYTES or weights.BLOCK_BYTES
 
     @device
-    def sum_row(row, row_bytes, act, n, scratch):
+    def sum_row(row, row_bytes, far, act, n, scratch):
         n_groups = n_groups_of(n)
         n_full = n // (32 * W)
         acc = splat_f32(0.0)
         for g in range(n_full):
             group = row_group(row, g)
-            prefetch_stream(group, group_bytes)
+            prefetch_stream(group, far, group_bytes)
             acc = dot_group(acc, group, act, n_groups, g)
         if n_full < n_groups:
             # The last group is not whole: complete it with zero blocks.
@@ -107,11 +80,14 @@ def make_row_sums(weights: ModuleType) -> Any:
 
 
 def make_decode(weights: ModuleType) -> Any:
-    """Rows by one token, for a block type. `scratch` is this thread's: an incomplete group, sums, their transpose."""
+    """Rows by one token, for a block type. `scratch` is this thread's: an incomplete group, sums, their transpose.
+
+    `far` is how many bytes ahead rows are asked for.
+    """
     sum_row = make_row_sums(weights)
 
     @device
-    def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, scratch):
+    def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, far, scratch):
         keep_apart()
         lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
@@ -121,7 +97,7 @@ def make_decode(weights: ModuleType) -> Any:
         for row in range(first, last, W):
             for r in range(W):
                 address = w + min(row + r, n_rows - 1) * row_bytes
-                store_f32(lanes + r * 4 * W, sum_row(address, row_bytes, act, n, scratch))
+                store_f32(lanes + r * 4 * W, sum_row(address, row_bytes, far, act, n, scratch))
             store_rows(lanes, columns, out, add, row, n_rows)
 
     return decode_rows
@@ -306,10 +282,12 @@ def make_mul_mat(weights: ModuleType) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            first, last = take_rows(work, n_rows, nth, W)
-            while first < last:
-                decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, mine)
-                first, last = take_rows(work, n_rows, nth, W)
+            row, last = take_rows(work, n_rows, nth, W)
+            while row < last:
+                end, following, following_last = next_unit(work, n_rows, nth, W, row, last)
+                far = distance(row * row_bytes, W * row_bytes, following * row_bytes)
+                decode_rows(w, row_bytes, n_rows, n, act, out, add, row, end, far, mine)
+                row, last = following, following_last
             return
         act = first_tile(act, n_groups_of(n))
         row = atomic_add(work, 1) * (2 * W)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from .compiler import device, kernel
-from .mul_mat import prefetch_stream, store_rows, take_rows
+from .mul_mat import store_rows
 from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
+from .shares import FAR, distance, next_unit, prefetch_stream, take_rows
 from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
 from .tile import make_tile
 from .weights import floats
@@ -74,11 +75,11 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
             store_scalar(scratch + RUN * 4 + 4 * i, 0.0)
 
     @device
-    def sum_row(row, x, n, scratch):
+    def sum_row(row, far, x, n, scratch):
         even = splat_f32(0.0)
         odd = splat_f32(0.0)
         for k in range(0, n - RUN + 1, RUN):
-            prefetch_stream(row + k * size, RUN * size)
+            prefetch_stream(row + k * size, far, RUN * size)
             even = fma(load(row + k * size), load_f32(x + 4 * k), even)
             odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
         left = n % RUN
@@ -92,17 +93,18 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
 
 
 def make_decode(weights: floats.FloatWeights) -> Any:
+    """Rows by one token; `far` is how many bytes ahead they are asked for."""
     sum_row, size = make_row_sums(weights), weights.size
 
     @device
-    def decode_rows(w, n_rows, n, x, out, add, first, last, scratch):
+    def decode_rows(w, n_rows, n, x, out, add, first, last, far, scratch):
         keep_apart()
         lanes = scratch + RUN * 8
         columns = lanes + 4 * W * W
         for row in range(first, last, W):
             for r in range(W):
                 address = w + min(row + r, n_rows - 1) * n * size
-                store_f32(lanes + r * 4 * W, sum_row(address, x, n, scratch))
+                store_f32(lanes + r * 4 * W, sum_row(address, far, x, n, scratch))
             store_rows(lanes, columns, out, add, row, n_rows)
 
     return decode_rows
@@ -205,7 +207,7 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
 
 def make_mul_mat(weights: floats.FloatWeights) -> Any:
     """The mul_mat kernel of a float type."""
-    decode_rows, prefill_panel = make_decode(weights), make_prefill(weights)
+    decode_rows, prefill_panel, size = make_decode(weights), make_prefill(weights), weights.size
 
     def mul_mat(w, n_rows, n, x, chained, out, add, count, scratch, scratch_bytes, work, ith, nth):
         """out[t] = w x[t] (+ add[t]); w: (n_rows, n), x: (n_tokens, n) float32, chained: its copy by chain_rows."""
@@ -214,10 +216,12 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            first, last = take_rows(work, n_rows, nth, W)
-            while first < last:
-                decode_rows(w, n_rows, n, x, out, add, first, last, mine)
-                first, last = take_rows(work, n_rows, nth, W)
+            row, last = take_rows(work, n_rows, nth, W)
+            while row < last:
+                end, following, following_last = next_unit(work, n_rows, nth, W, row, last)
+                far = distance(row * n * size, W * n * size, following * n * size)
+                decode_rows(w, n_rows, n, x, out, add, row, end, far, mine)
+                row, last = following, following_last
             return
         ld = 4 * n_rows
         row = atomic_add(work, 1) * (2 * W)
@@ -227,7 +231,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
             else:
                 for t in range(n_tokens):
                     below = add + t * ld if add else 0
-                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, below, row, n_rows, mine)
+                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, below, row, n_rows, FAR, mine)
             row = atomic_add(work, 1) * (2 * W)
 
     return kernel(mul_mat)

@@ -12,10 +12,11 @@ from typing import Any
 from .activation import first_tile, n_groups_of, quantize_block, tile_stride
 from .compiler import device, kernel
 from .math import silu
-from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, take_rows, totals_nbytes
+from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, totals_nbytes
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
+from .shares import distance, next_unit, take_rows
 from .simd import W, load_f32, store_f32
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
@@ -39,16 +40,17 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
     decode_rows = make_decode(weights)
 
     @device
-    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, scratch):
-        """Rows first .. last - 1 by one token."""
+    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, count, following, scratch):
+        """`count` rows from `row` on, ROWS at most, by one token; those from `following` on are this thread's next."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
         up_sums = gate_sums + SUMS
+        gate_rows, up_rows, nbytes = gate + row * row_bytes, up + row * row_bytes, ROWS * row_bytes
+        far = distance(gate_rows, nbytes, up_rows)
+        decode_rows(gate_rows, row_bytes, count, n, x, gate_sums, 0, 0, count, far, scratch)
+        far = distance(up_rows, nbytes, gate + following * row_bytes)
+        decode_rows(up_rows, row_bytes, count, n, x, up_sums, 0, 0, count, far, scratch)
         n_groups = n_groups_of(n_rows)
-        for row in range(first, last, ROWS):
-            count = min(ROWS, n_rows - row)
-            decode_rows(gate + row * row_bytes, row_bytes, count, n, x, gate_sums, 0, 0, count, scratch)
-            decode_rows(up + row * row_bytes, row_bytes, count, n, x, up_sums, 0, 0, count, scratch)
-            finish_rows(gate_sums, up_sums, hidden, act, n_groups, 0, row, n_rows, True)
+        finish_rows(gate_sums, up_sums, hidden, act, n_groups, 0, row, n_rows, True)
 
     return decode_swiglu
 
@@ -96,10 +98,11 @@ def make_swiglu(weights: ModuleType) -> Any:
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 1:
-            first, last = take_rows(work, n_rows, nth, ROWS)
-            while first < last:
-                decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, first, last, mine)
-                first, last = take_rows(work, n_rows, nth, ROWS)
+            row, last = take_rows(work, n_rows, nth, ROWS)
+            while row < last:
+                end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
+                decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, end - row, following, mine)
+                row, last = following, following_last
             return
         x = first_tile(x, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS

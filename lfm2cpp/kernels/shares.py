@@ -1,0 +1,59 @@
+"""The rows that a thread takes of an op, share by share, and the stream of reads over them.
+
+The hardware's prefetchers stop at every page of 4 KiB, so decode asks for its rows itself. A thread takes its next
+share while it still works on the last rows in hand: what it asks for ahead is then always its own, and no share begins
+with rows that nobody has asked for.
+"""
+
+from __future__ import annotations
+
+from .compiler import device
+from .scalar import atomic_load, compare_and_swap
+from .simd import prefetch_far, prefetch_near
+
+SHARES_A_THREAD = 2
+# A byte is asked for twice: early into the second-level cache, and soon before its use into the first, where few may be
+# on their way.
+NEAR, FAR = 1536, 16384
+FURTHEST = 65536  # of the second-level cache that may be filled with what comes
+LINE = 64  # bytes of a cache line
+
+
+@device
+def take_rows(work, n_rows, nth, unit):
+    """The rows that a thread does next, whole units: (first, last); nothing, at n_rows, when all are taken.
+
+    A share is a part of what is left, so the streams of reads are long and the threads still end together.
+    """
+    while True:
+        first = atomic_load(work)
+        left = n_rows - first
+        if left <= 0:
+            return n_rows, n_rows
+        step = max(unit, left // (SHARES_A_THREAD * nth) // unit * unit)
+        if compare_and_swap(work, first, first + step):
+            return first, min(first + step, n_rows)
+
+
+@device
+def next_unit(work, n_rows, nth, unit, row, last):
+    """Of a share of rows `row` .. `last` - 1: (end of its first unit, the row and the last of what follows that)."""
+    end = min(row + unit, last)
+    if end < last:
+        return end, end, last
+    following, following_last = take_rows(work, n_rows, nth, unit)
+    return end, following, following_last
+
+
+@device
+def distance(rows, nbytes, coming):
+    """How many bytes ahead to ask while nbytes at `rows` are used: to what comes after them, if that is not too far."""
+    return coming - rows if nbytes <= FURTHEST else FAR
+
+
+@device
+def prefetch_stream(address, far, nbytes):
+    """Ask for what comes after these nbytes, `far` bytes ahead."""
+    for i in range(0, nbytes, LINE):
+        prefetch_near(address + (NEAR + i))
+        prefetch_far(address + (far + i))
