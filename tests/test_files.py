@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from gguf_builder import RawGGUF
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from output_room import assert_untouched, raiser, room, write
 
 import lfm2cpp.files as files
@@ -58,11 +62,57 @@ def test_skip_and_write_at(room: Path) -> None:
     assert (room / "new.bin").read_bytes() == b"headtail!"
 
 
-def test_many_chunks(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "WRITE_CHUNK", 7)
-    data = bytes(range(256)) * 3
-    write(room / "new.bin", data, size=len(data))
+@pytest.fixture
+def small_pages() -> Iterator[list[int]]:
+    """LARGE_PAGE is 64 and WRITE_CHUNK 192; the sizes of the pieces that are handed to the system."""
+    calls: list[int] = []
+    write_all = files.OutputFile._write_all
+
+    def recorded(out: files.OutputFile, view: memoryview) -> None:
+        calls.append(len(view))
+        write_all(out, view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "LARGE_PAGE", 64)
+        patch.setattr(files, "WRITE_CHUNK", 192)
+        patch.setattr(files.OutputFile, "_write_all", recorded)
+        yield calls
+
+
+@given(sizes=st.lists(st.integers(0, 500), max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_system_gets_whole_pages(room: Path, small_pages: list[int], sizes: list[int]) -> None:
+    """Whatever the pieces that are appended: every write ends at a border of LARGE_PAGE, but for the last."""
+    small_pages.clear()
+    data = random.Random(len(sizes)).randbytes(sum(sizes))
+    with atomic_output(room / "new.bin", size=len(data), force=True) as out:
+        for size, end in zip(sizes, accumulate(sizes), strict=True):
+            out.write(data[end - size : end])
+            assert out.nbytes == end
     assert (room / "new.bin").read_bytes() == data
+    assert max(small_pages) <= 192
+    assert all(end % 64 == 0 or end == len(data) for end in accumulate(small_pages))
+
+
+@given(steps=st.lists(st.one_of(st.integers(0, 200), st.sampled_from(["skip", "at"])), max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_skipping_and_going_back_between_writes(room: Path, small_pages: list[int], steps: list[int | str]) -> None:
+    expected = bytearray(b"head")
+    with atomic_output(room / "new.bin", force=True) as out:
+        out.write(b"head")
+        for i, step in enumerate(steps):
+            if step == "at":
+                expected[1:3] = bytes([i, i])
+                out.write_at(1, bytes([i, i]))
+            elif step == "skip":
+                expected += bytes(8)
+                out.skip(8)
+            else:
+                expected += bytes([i]) * int(step)
+                out.write(bytes([i]) * int(step))
+        expected += b"!"
+        out.write(b"!")
+    assert (room / "new.bin").read_bytes() == bytes(expected)
 
 
 def test_a_link_keeps_pointing_at_the_replaced_file(room: Path) -> None:

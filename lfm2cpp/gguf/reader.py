@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -152,7 +153,7 @@ def read_one(path: Path, *, use_mmap: bool = True, label: str | None = None) -> 
         size = os.fstat(fd).st_size
         if size < 24:
             parse_header(os.read(fd, size), label)  # explains what is wrong with it
-        memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ) if use_mmap else _read_all(fd, size)
+        memory = _map(fd, size) if use_mmap else _read_all(fd, size)
     except ValueError:  # mmap compares with the size once more
         raise ModelFormatError(f"{label}: became shorter while it was read") from None
     except OSError as error:
@@ -198,6 +199,15 @@ def _refuse_kind(path: Path, mode: int) -> NoReturn:
     kind = kinds.get(stat.S_IFMT(mode), "not a regular file")
     hint = "; convert a checkpoint directory first: lfm2cpp convert" if stat.S_ISDIR(mode) else ""
     raise ModelFormatError(f"{path}: is {kind}, expected a GGUF file{hint}")
+
+
+def _map(fd: int, size: int) -> mmap.mmap:
+    """The file's bytes, mapped. Linux reads what is not in memory yet into pages of 2 MB, if the file system can."""
+    memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _read_all(fd: int, size: int) -> mmap.mmap:
