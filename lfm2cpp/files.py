@@ -8,21 +8,19 @@ writer lives, so that a second writer to the same target is refused and what a k
 from __future__ import annotations
 
 import atexit
-import ctypes
 import errno
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from .errors import OutputError, UsageError
+from .output_file import OutputFile, named_errors
 from .signals import signals_held, signals_raise
 from .terminal import format_size, note
 
@@ -31,10 +29,6 @@ try:
 except ImportError:  # Windows: an open file cannot be deleted there, which serves as the lock
     fcntl = None  # type: ignore[assignment]
 
-WRITE_CHUNK = 16 << 20  # keeps Ctrl-C prompt: Python looks at signals between system calls
-# What Linux gets in pieces of this size, and aligned to it, it can keep in memory as one page: a model that was just
-# written then runs as fast as one that was read.
-LARGE_PAGE = 2 << 20
 SPACE_MARGIN = 0.02
 MAX_NAME_BYTES = 255
 DIRECTORY_LOCK_SECONDS = 2.0
@@ -43,85 +37,11 @@ UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errn
 
 _leftovers: set[Path] = set()
 
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
-if _sync_file_range is not None:
-    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
 @atexit.register
 def _remove_leftovers() -> None:
     for path in list(_leftovers):
         with suppress(OSError):
             path.unlink()
-
-
-class OutputFile:
-    """A partial file on its way. `write` appends; `write_at` goes back to a place that `skip` left out."""
-
-    def __init__(self, target: Path, partial: Path) -> None:
-        self.target = target
-        self.partial = partial
-        self.fd = -1
-        self.lock = -1  # a second descriptor, which keeps the file locked when the first is closed
-        self.nbytes = 0
-        self._held = bytearray()  # the end of what was appended, not written yet
-        self._on_its_way = 0  # bytes that the system was told to start writing to the disk
-
-    def write(self, buffer: Any) -> None:
-        """Append all bytes of a contiguous buffer."""
-        view = memoryview(buffer).cast("B")
-        while view:
-            room = LARGE_PAGE - self.nbytes % LARGE_PAGE  # to the next border
-            if self._held or len(view) < room:
-                part, view = view[:room], view[room:]
-                self._held += part
-                self.nbytes += len(part)
-                if len(part) == room:
-                    self.flush()
-                continue
-            n = min(len(view), room + WRITE_CHUNK - LARGE_PAGE)
-            n -= (self.nbytes + n) % LARGE_PAGE
-            self.nbytes += n
-            self._write_all(view[:n])
-            view = view[n:]
-            self._start_writeback()
-
-    def flush(self) -> None:
-        """Hand over what was held back until a large page would be full."""
-        held, self._held = self._held, bytearray()
-        self._write_all(memoryview(held))
-        self._start_writeback()
-
-    def _start_writeback(self) -> None:
-        if self.nbytes - self._on_its_way >= WRITE_CHUNK:
-            _start_writeback(self.fd, self._on_its_way, self.nbytes - self._on_its_way)
-            self._on_its_way = self.nbytes
-
-    def skip(self, n: int) -> None:
-        """Leave `n` bytes to be written later by `write_at`."""
-        self.flush()
-        self.nbytes += n
-        self._seek(self.nbytes)
-
-    def write_at(self, offset: int, buffer: Any) -> None:
-        """Fill in bytes that were skipped; the position for `write` stays."""
-        self.flush()
-        self._seek(offset)
-        self._write_all(memoryview(buffer).cast("B"))
-        self._seek(self.nbytes)
-
-    def _seek(self, offset: int) -> None:
-        with _named_errors(self.target):
-            os.lseek(self.fd, offset, os.SEEK_SET)
-
-    def _write_all(self, view: memoryview) -> None:
-        # os.write repeats itself after EINTR; a short write is for us to continue.
-        with _named_errors(self.target):
-            while view:
-                n = os.write(self.fd, view)
-                if n <= 0:
-                    raise OSError(errno.EIO, "nothing was written")
-                view = view[n:]
 
 
 @contextmanager
@@ -155,20 +75,6 @@ def atomic_output(
         finally:
             with signals_held():
                 _discard(out)
-
-
-@contextmanager
-def _named_errors(target: Path) -> Iterator[None]:
-    """An OSError while writing becomes an OutputError that names the target."""
-    try:
-        yield
-    except OSError as error:
-        hints = {
-            errno.ENOSPC: "; free some space and run again",
-            errno.EFBIG: "; the file system or a limit (ulimit -f) does not allow so large a file",
-        }
-        hint = hints.get(error.errno or 0, "")
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}{hint}") from None
 
 
 def check_destination(
@@ -254,7 +160,7 @@ def _partial_prefix(target: Path) -> str:
 
 def _create(out: OutputFile) -> None:
     """Make and lock the partial file, after clearing away those of dead writers."""
-    with _named_errors(out.target), _directory_locked(out.target.parent), signals_held():
+    with named_errors(out.target), _directory_locked(out.target.parent), signals_held():
         for stale in _dead_partials(out.target):
             note(f"removed {stale}, left by a writer that was killed")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
@@ -336,18 +242,12 @@ def _reserve(out: OutputFile, size: int | None) -> None:
     """Claim the disk space now: a full disk shows in the first second, not after the work."""
     if not size or not hasattr(os, "posix_fallocate"):
         return
-    with _named_errors(out.target):
+    with named_errors(out.target):
         try:
             os.posix_fallocate(out.fd, 0, size)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-
-
-def _start_writeback(fd: int, offset: int, n: int) -> None:
-    """Let the disk work while more is produced, so that the sync at the end, which nothing can interrupt, is short."""
-    if _sync_file_range is not None:
-        _sync_file_range(fd, offset, n, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so its result does not matter
 
 
 # --- giving the file its name
@@ -357,7 +257,7 @@ def _commit(out: OutputFile, *, size: int | None, force: bool, check: Callable[[
     if size is not None and out.nbytes != size:
         raise OutputError(f"{out.target}: {out.nbytes} bytes were written where {size} were planned; nothing was kept")
     out.flush()
-    with _named_errors(out.target):
+    with named_errors(out.target):
         os.fsync(out.fd)
         if fcntl is not None:
             out.lock = os.dup(out.fd)
@@ -365,7 +265,7 @@ def _commit(out: OutputFile, *, size: int | None, force: bool, check: Callable[[
         os.close(fd)  # may still report a failed write
     if check is not None:
         check(out.partial)
-    with _named_errors(out.target), signals_held():
+    with named_errors(out.target), signals_held():
         _rename(out.partial, out.target, force)
         _leftovers.discard(out.partial)
     _sync_directory(out.target)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from output_room import assert_untouched, raiser, room, write
 
 import lfm2cpp.files as files
+import lfm2cpp.output_file as output_file
 from lfm2cpp.errors import LFM2Error, OutputError, UsageError
 from lfm2cpp.files import atomic_output, check_destination
 from lfm2cpp.ggml import GGMLType
@@ -66,16 +67,16 @@ def test_skip_and_write_at(room: Path) -> None:
 def small_pages() -> Iterator[list[int]]:
     """LARGE_PAGE is 64 and WRITE_CHUNK 192; the sizes of the pieces that are handed to the system."""
     calls: list[int] = []
-    write_all = files.OutputFile._write_all
+    write_all = output_file.OutputFile._write_all
 
-    def recorded(out: files.OutputFile, view: memoryview) -> None:
+    def recorded(out: output_file.OutputFile, view: memoryview) -> None:
         calls.append(len(view))
         write_all(out, view)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "LARGE_PAGE", 64)
-        patch.setattr(files, "WRITE_CHUNK", 192)
-        patch.setattr(files.OutputFile, "_write_all", recorded)
+        patch.setattr(output_file, "LARGE_PAGE", 64)
+        patch.setattr(output_file, "WRITE_CHUNK", 192)
+        patch.setattr(output_file.OutputFile, "_write_all", recorded)
         yield calls
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from lfm2cpp.errors import ModelFormatError, OutputError
-from lfm2cpp.files import OutputFile, atomic_output
+from lfm2cpp.files import atomic_output
 from lfm2cpp.ggml import GGMLType, tensor_nbytes
+from lfm2cpp.output_file import OutputFile
 
 from .header import DEFAULT_ALIGNMENT, MAGIC, pad, parse_header, quoted
 from .reader import read_one
