@@ -167,15 +167,18 @@ def test_a_prompt(kv_type: str, runs: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(
     ("n_head", "n_head_kv", "n_embd_head"),
     [(1, 1, 2), (3, 1, 16), (4, 4, 32), (6, 2, 96), (8, 1, 64), (5, 5, 48), (2, 1, 128), (3, 3, 2 * W + 2),
-     (4, 2, 256)],
+     (4, 2, 256), (12, 2, 32), (40, 1, 32), (21, 7, 32)],
 )  # fmt: skip
 @pytest.mark.parametrize("split", [False, True])
 def test_heads_of_any_shape(kv_type: str, n_head: int, n_head_kv: int, n_embd_head: int, split: bool) -> None:
     layer = Layer([(70, 5), (0, 20)], kv_type, n_head, n_head_kv, n_embd_head)
-    assert relative_rms(layer.attend(split=split, nth=2), layer.twin()) < MAX_ARITHMETIC_ERROR
+    found = layer.attend(split=split, nth=2)
+    assert relative_rms(found, layer.twin()) < MAX_ARITHMETIC_ERROR
+    for nth in (1, 3, 9):  # as many KV heads a unit as there are threads' units for
+        assert same_bits(layer.attend(split=split, nth=nth), found)
 
 
-@pytest.mark.parametrize(("n_head", "n_head_kv", "n_embd_head"), [(3, 1, 32), (6, 2, 96), (8, 1, 64), (2, 1, 128)])
+@pytest.mark.parametrize(("n_head", "n_head_kv", "n_embd_head"), [(3, 1, 32), (6, 2, 96), (8, 1, 64), (2, 1, 128), (12, 6, 64)])
 def test_heads_of_q8_0(n_head: int, n_head_kv: int, n_embd_head: int) -> None:
     layer = Layer([(70, 5), (0, 20)], "q8_0", n_head, n_head_kv, n_embd_head)
     assert relative_rms(layer.attend(split=False), layer.twin()) < MAX_ARITHMETIC_ERROR

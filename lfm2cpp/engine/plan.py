@@ -288,7 +288,7 @@ class Plan:
         row_bytes = 4 * (widths.PANEL_ROWS + n_padded)
         n_chunks = -(-self.n_ctx // widths.CHUNK_TOKENS)
         parts = self._side_buffer("parts", SPLIT_TOKENS * n_head * n_chunks * row_bytes)
-        self.scratch(widths.attention_nbytes(n_padded))
+        self.scratch(widths.attention_nbytes(n_padded, n_head // kv.n_head_kv))
         args = {"q": q.address, "n_head": n_head, "scale": float_bits(kv.n_embd_head**-0.5), "parts": parts,
                 "out": out.address, "act": 0}  # fmt: skip
         whole = self._record(f"attention:attention_{kv.kv_type}", "attention", args | shape)

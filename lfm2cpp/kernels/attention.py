@@ -14,21 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from . import kv
+from . import kv, widths
 from .activation import n_groups_of, quantize_block
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
-from .kv import AHEAD, KVType
+from .kv import AHEAD, KVType, pages_of
 from .math import exp
 from .ops import share_of
-from .scalar import atomic_add, load_i32, load_i64
+from .scalar import atomic_add, load_i32, load_i64, store_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
-from .widths import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP, QUERY_TILE
+from .widths import BLOCK_TABLE, CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP, QUERY_TILE, SPLIT_ROWS
 
 SMALL_TILE, MEDIUM_TILE = 2, 4  # query heads of one token that share K and V
+UNITS_A_THREAD = 16  # at least, where few tokens are split into units
 LOWEST = -3.0e38
+rows_of_group = device(widths.rows_of_group)
 RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
 
 
@@ -99,69 +101,150 @@ def quantize_head(out, act, n_groups, t, head, n_embd_head, one_token):
         quantize_block(out + 4 * i, act, n_groups, t, (head * n_embd_head + i) // 32, one_token)
 
 
+@device
+def list_blocks(table, pages, n_pages, offset, head_bytes, n_heads):
+    """Addresses of n_heads blocks in each of n_pages pages, page by page, at `table`; where that ends"""
+    for page in range(n_pages):
+        block = load_i64(pages + 8 * page) + offset
+        for _ in range(n_heads):
+            store_i64(table, block)
+            block += head_bytes
+            table += 8
+    return table
+
+
+@device
+def list_chunk(table, pages, n_pages, n_heads, k, k_bytes, v, v_bytes, coming):
+    """The blocks of a chunk in the order of their use: K, V, and what comes then, K at the pages `coming` (0: nothing).
+
+    k, v: offsets of the first head's blocks in a page, k_bytes and v_bytes from one head's to the next one's.
+    """
+    table = list_blocks(table, pages, n_pages, k, k_bytes, n_heads)
+    table = list_blocks(table, pages, n_pages, v, v_bytes, n_heads)
+    for i in range(AHEAD):
+        page, head = divmod(i, n_heads)
+        store_i64(table, load_i64(coming + 8 * page) + k + head * k_bytes if coming else load_i64(table - 8))
+        table += 8
+
+
 def make_attend(n_queries: int, kv: KVType) -> Any:
     """attend: one chunk of context for a tile of queries."""
     scores, weighted_sum = kv.make_scores(n_queries), kv.make_weighted_sum(n_queries)
 
     @device
-    def attend(q, q_stride, n_embd_head, n_padded, pages, coming, k_offset, v_offset, valid, valid_step, count, scale,
-               s, out):  # fmt: skip
-        """Query i sees the first valid + i * valid_step keys of the chunk at `pages`; the one at `coming` (0: none)
-        will be next. s: scratch, n_queries rows; out: results."""
-        n_keys = min(CHUNK_TOKENS, valid + valid_step * (count - 1))
+    def attend(q, q_stride, n_embd_head, n_padded, blocks, n_pages, valid, count, scale, s, out):
+        """Query i sees the first valid + i keys of the chunk whose n_pages pages list_chunk has listed at `blocks`.
+
+        s: scratch, n_queries rows; out: results.
+        """
+        n_keys = min(CHUNK_TOKENS, valid + count - 1)
         row = 4 * (RESULT_HEAD + n_padded)
-        scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, s)
+        scores(q, q_stride, n_embd_head, blocks, n_keys, s)
         rounded = (n_keys + W - 1) // W * W
         for i in range(count):
-            n_valid = min(CHUNK_TOKENS, max(0, valid + i * valid_step))
+            n_valid = min(CHUNK_TOKENS, max(0, valid + i))
             softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, out + i * row)
-        weighted_sum(s, pages, k_offset, v_offset, n_padded, n_keys, coming, out + 4 * RESULT_HEAD, row)
+        weighted_sum(s, blocks + 8 * n_pages, n_padded, n_keys, True, out + 4 * RESULT_HEAD, row)
 
     return attend
 
 
-def make_attention(kv: KVType) -> Any:
-    wide, column_bytes = make_attend(QUERY_TILE, kv), kv.column_bytes
-    small, medium = make_attend(SMALL_TILE, kv), make_attend(MEDIUM_TILE, kv)
+@device
+def heads_of_unit(n_head_kv, n_gqa, n_parts, nth):
+    """KV heads that a unit takes when few tokens are split into n_parts: their blocks lie side by side in a page, and
+    the more of them, the longer the runs of memory that are read; but there must be units for all threads."""
+    n = max(1, min(n_head_kv, SPLIT_ROWS // rows_of_group(n_gqa)))
+    while n > 1 and (n_head_kv + n - 1) // n * n_parts < UNITS_A_THREAD * nth:
+        n = (n + 1) // 2
+    return n
+
+
+def make_attend_split(kv: KVType) -> Any:
+    """attend_split: one chunk of context for the query heads of one token and some KV heads."""
+    small_scores, small_sum = kv.make_scores(SMALL_TILE), kv.make_weighted_sum(SMALL_TILE)
+    medium_scores, medium_sum = kv.make_scores(MEDIUM_TILE), kv.make_weighted_sum(MEDIUM_TILE)
 
     @device
-    def one_token(unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, nth, s):
-        """Unit (token, kv head, chunk): its query heads as a tile; the results go to their place in parts."""
-        n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
-        n_gqa = n_head // n_head_kv
-        token_head, chunk = divmod(unit, n_chunks)
-        t, head_kv = divmod(token_head, n_head_kv)
+    def attend_split(q, n_gqa, n_embd_head, n_padded, blocks, n_heads, n_valid, scale, s, results):
+        """n_heads * n_gqa queries at q, the first n_valid keys of the chunk listed at `blocks`.
+
+        s and results: rows_of_group(n_gqa) rows a KV head.
+        """
+        n_pages, rows = pages_of(n_valid), rows_of_group(n_gqa)
+        row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_embd_head
+        at = blocks
+        for first in range(0, n_valid, PAGE_TOKENS):
+            n_keys = min(n_valid - first, PAGE_TOKENS)
+            for head in range(n_heads):
+                for j in range(0, n_gqa, MEDIUM_TILE):
+                    queries, out = q + (head * n_gqa + j) * stride, s + 4 * ((head * rows + j) * CHUNK_TOKENS + first)
+                    if n_gqa - j <= SMALL_TILE:
+                        small_scores(queries, stride, n_embd_head, at, n_keys, out)
+                    else:
+                        medium_scores(queries, stride, n_embd_head, at, n_keys, out)
+                at += 8
+        rounded = (n_valid + W - 1) // W * W
+        for head in range(n_heads):
+            for i in range(head * rows, head * rows + n_gqa):
+                softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, results + i * row)
+        at = blocks + 8 * n_pages * n_heads
+        for first in range(0, n_valid, PAGE_TOKENS):
+            n_keys = min(n_valid - first, PAGE_TOKENS)
+            for head in range(n_heads):
+                for j in range(0, n_gqa, MEDIUM_TILE):
+                    i = head * rows + j
+                    p, out = s + 4 * (i * CHUNK_TOKENS + first), results + i * row + 4 * RESULT_HEAD
+                    if n_gqa - j <= SMALL_TILE:
+                        small_sum(p, at, n_padded, n_keys, first == 0, out, row)
+                    else:
+                        medium_sum(p, at, n_padded, n_keys, first == 0, out, row)
+                at += 8
+
+    return attend_split
+
+
+def make_attention(kv: KVType) -> Any:
+    wide, split, column_bytes = make_attend(QUERY_TILE, kv), make_attend_split(kv), kv.column_bytes
+
+    @device
+    def one_token(unit, n_heads, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch,
+                  nth, s):  # fmt: skip
+        """Unit (token, group of n_heads KV heads, chunk); the results go to their place in parts."""
+        n_chunks, n_gqa = load_i64(batch + 8 * SPLIT_CHUNKS), n_head // n_head_kv
+        token_group, chunk = divmod(unit, n_chunks)
+        t, group = divmod(token_group, (n_head_kv + n_heads - 1) // n_heads)
+        first = group * n_heads
+        n_heads = min(n_heads, n_head_kv - first)
         run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * load_i32(load_i64(batch + 8 * RUN_OF) + 4 * t)
         n_keys = load_i32(load_i64(batch + 8 * POSITIONS) + 4 * t) + 1 - chunk * CHUNK_TOKENS
         if n_keys <= 0:
             return
+        n_valid = min(n_keys, CHUNK_TOKENS)
         pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
-        k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
         coming = pages + 8 * nth * CHUNK_PAGES if n_keys > nth * CHUNK_TOKENS + AHEAD * PAGE_TOKENS else 0
-        row = 4 * (RESULT_HEAD + n_padded)
-        n_valid, results = min(n_keys, CHUNK_TOKENS), s + 4 * MEDIUM_TILE * CHUNK_TOKENS
-        for j in range(0, n_gqa, MEDIUM_TILE):
-            head = head_kv * n_gqa + j
-            at = q + 4 * (t * n_head + head) * n_embd_head
-            count = min(MEDIUM_TILE, n_gqa - j)
-            if count <= SMALL_TILE:
-                small(at, 4 * n_embd_head, n_embd_head, n_padded, pages, coming, k, v, n_valid, 0, count, scale, s,
-                       results)
-            else:
-                medium(at, 4 * n_embd_head, n_embd_head, n_padded, pages, coming, k, v, n_valid, 0, count, scale, s,
-                       results)
-            for i in range(count):
-                place = ((t * n_head + head + i) * n_chunks + chunk) * row
-                merge(parts + place, results + i * row, n_padded, True)
+        k_bytes, v_bytes = column_bytes * n_embd_head, column_bytes * n_padded
+        k, v = k_offset + first * k_bytes, v_offset + first * v_bytes
+        list_chunk(s, pages, pages_of(n_valid), n_heads, k, k_bytes, v, v_bytes, coming)
+        rows, row = rows_of_group(n_gqa), 4 * (RESULT_HEAD + n_padded)
+        scores = s + BLOCK_TABLE
+        results = scores + 4 * n_heads * rows * CHUNK_TOKENS
+        at = q + 4 * (t * n_head + first * n_gqa) * n_embd_head
+        split(at, n_gqa, n_embd_head, n_padded, s, n_heads, n_valid, scale, scores, results)
+        for head in range(n_heads):
+            for i in range(n_gqa):
+                place = ((t * n_head + (first + head) * n_gqa + i) * n_chunks + chunk) * row
+                merge(parts + place, results + (head * rows + i) * row, n_padded, True)
 
     @device
     def token_group(run, begin, count, head, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale,
                     positions, out, act, s):  # fmt: skip
         """Tokens begin .. begin + count - 1 of a run, one query head: all their chunks, then the finished rows."""
         head_kv = head // (n_head // n_head_kv)
-        k, v = (k_offset + head_kv * column_bytes * n_embd_head, v_offset + head_kv * column_bytes * n_padded)
+        k_bytes, v_bytes = column_bytes * n_embd_head, column_bytes * n_padded
+        k, v = k_offset + head_kv * k_bytes, v_offset + head_kv * v_bytes
         row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_head * n_embd_head
-        parts = s + 4 * QUERY_TILE * CHUNK_TOKENS
+        scores = s + BLOCK_TABLE
+        parts = scores + 4 * QUERY_TILE * CHUNK_TOKENS
         states = parts + QUERY_TILE * row
         past = load_i32(positions + 4 * begin)
         n_chunks = (past + count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
@@ -169,13 +252,15 @@ def make_attention(kv: KVType) -> Any:
             pages = load_i64(run + 8 * RUN_PAGES) + 8 * chunk * CHUNK_PAGES
             n_keys = past + count - chunk * CHUNK_TOKENS
             coming = pages + 8 * CHUNK_PAGES if n_keys > CHUNK_TOKENS + AHEAD * PAGE_TOKENS else 0
+            n_pages = pages_of(min(n_keys, CHUNK_TOKENS))
+            list_chunk(s, pages, n_pages, np.int64(1), k, k_bytes, v, v_bytes, coming)
             for i in range(0, count, QUERY_TILE):
                 n = min(QUERY_TILE, count - i)
                 valid = past + i + 1 - chunk * CHUNK_TOKENS
                 if valid + n - 1 <= 0:
                     continue
                 at = q + (begin + i) * stride + 4 * head * n_embd_head
-                wide(at, stride, n_embd_head, n_padded, pages, coming, k, v, valid, 1, n, scale, s, parts)
+                wide(at, stride, n_embd_head, n_padded, s, n_pages, valid, n, scale, scores, parts)
                 for j in range(n):
                     if valid + j > 0:
                         merge(states + (i + j) * row, parts + j * row, n_padded, chunk == 0)
@@ -195,11 +280,14 @@ def make_attention(kv: KVType) -> Any:
         s = scratch + ith * scratch_bytes
         n_split = load_i64(batch + 8 * SPLIT_CHUNKS)
         if n_split:
-            n_units = load_i64(batch + 8 * N_TOKENS) * n_head_kv * n_split
+            n_parts = load_i64(batch + 8 * N_TOKENS) * n_split
+            n_heads = heads_of_unit(n_head_kv, n_head // n_head_kv, n_parts, nth)
+            n_units = (n_head_kv + n_heads - 1) // n_heads * n_parts
             unit = atomic_add(work, 1)
             while unit < n_units:
                 one_token(
-                    unit, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch, nth, s
+                    unit, n_heads, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale, parts, batch,
+                    nth, s,
                 )
                 unit = atomic_add(work, 1)
             return

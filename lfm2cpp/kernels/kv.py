@@ -3,6 +3,10 @@
 Per head, K is transposed, [n_embd_head][PAGE_TOKENS], so that keys are lanes; V is [PAGE_TOKENS][n_padded]. q8_0 has an
 int8 where the others have a float, and after them float16 scales: K's [n_embd_head / 32][PAGE_TOKENS], V's
 [PAGE_TOKENS][n_padded / 32].
+
+One head's K or V in one page is a block. Blocks are listed in the order in which a thread uses them, and every one is
+asked for while the two before it are used: of the two behind it in the list, the nearer one is called into the
+first-level cache and the other into the second.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from .tile import make_tile
 from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS, REGISTERS
 
 QK = 32
-AHEAD = 2  # pages that are asked for before they are used: one takes about as long as memory needs to answer
+Q8_COLUMN_BYTES = KV_COLUMN_BYTES["q8_0"]
+AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
 LINE = 64  # bytes of a cache line
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
@@ -31,29 +36,17 @@ def pages_of(n_keys):
     return (n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
-@device
-def k_or_v(pages, n_pages, page, k_offset, v_offset):
-    """Address of K in a chunk's page; behind the last one, of V in its first ones"""
-    if page < n_pages:
-        return load_i64(pages + 8 * page) + k_offset
-    return load_i64(pages + 8 * min(page - n_pages, n_pages - 1)) + v_offset
-
-
-@device
-def v_or_k(pages, n_pages, page, v_offset, coming, k_offset):
-    """Address of V in a chunk's page; behind the last one, of K in the pages at `coming`, if there are any"""
-    if page >= n_pages and coming:
-        return load_i64(coming + 8 * (page - n_pages)) + k_offset
-    return load_i64(pages + 8 * min(page, n_pages - 1)) + v_offset
-
-
 @dataclass(frozen=True)
 class KVType:
     """What attention and store_kv need of one type. Sizes are per column: PAGE_TOKENS elements and their scales."""
 
     column_bytes: int
-    make_scores: Callable[[int], Any]  # (n_queries) -> scores of queries by the keys of a chunk
-    make_weighted_sum: Callable[[int], Any]  # (n_queries) -> sums of a chunk's values
+    # (n_queries) -> scores(q, q_stride, n_embd_head, blocks, n_keys, out): out[query, key] = q . k for n_keys keys
+    # (rounded up), those of each page in one of `blocks`; out: rows of CHUNK_TOKENS.
+    make_scores: Callable[[int], Any]
+    # (n_queries) -> weighted_sum(p, blocks, n_padded, n_keys, is_first, out, out_stride):
+    # out[query, column] = sum of p[query, key] * v[key, column], added to what is there unless is_first.
+    make_weighted_sum: Callable[[int], Any]
     store_head: Any  # (k, v, k_out, v_out, slot, n_embd_head, n_padded): one token, one head
 
 
@@ -65,14 +58,15 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
         span = 4 * W if two else 2 * W
 
         @device
-        def scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, out):
-            """out[query, key] = q . k for the first n_keys of a chunk (rounded up); out rows of CHUNK_TOKENS"""
-            n_pages = pages_of(n_keys)
+        def scores(q, q_stride, n_embd_head, blocks, n_keys, out):
             for key in range(0, n_keys, span):
                 page, slot = divmod(key, PAGE_TOKENS)
-                k = load_i64(pages + 8 * page) + k_offset + size * slot
-                soon = k_or_v(pages, n_pages, page + 1, k_offset, v_offset) + size * slot
-                later = k_or_v(pages, n_pages, page + AHEAD, k_offset, v_offset) + size * slot
+                at = blocks + 8 * page
+                k, soon, later = (
+                    load_i64(at) + size * slot,
+                    load_i64(at + 8) + size * slot,
+                    load_i64(at + 16) + size * slot,
+                )
                 f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
@@ -91,20 +85,22 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
     def make_weighted_sum(n_queries: int) -> Any:
         tile = make_tile(n_queries, name)
-        zero, step, put = tile.zero, tile.fma, tile.store
+        zero, step, get, put = tile.zero, tile.fma, tile.load, tile.store
 
         def make_columns(two: bool) -> Any:
             """A pass over the values for 2 W columns, or for twice as many."""
             nbytes = size * (4 * W if two else 2 * W)
 
             @device
-            def columns(p, pages, k_offset, v_offset, row_bytes, n_keys, coming, out, out_stride):
-                n_pages = pages_of(n_keys)
+            def columns(p, blocks, offset, row_bytes, n_keys, is_first, out, out_stride):
                 f, g = zero(0), zero(0)
-                for page in range(n_pages):
-                    v = load_i64(pages + 8 * page) + v_offset
-                    soon = v_or_k(pages, n_pages, page + 1, v_offset, coming, k_offset)
-                    later = v_or_k(pages, n_pages, page + AHEAD, v_offset, coming, k_offset)
+                if not is_first:
+                    f = get(out, out_stride)
+                    if two:
+                        g = get(out + 8 * W, out_stride)
+                for page in range(pages_of(n_keys)):
+                    at = blocks + 8 * page
+                    v, soon, later = load_i64(at) + offset, load_i64(at + 8) + offset, load_i64(at + 16) + offset
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
@@ -124,17 +120,14 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
         one_tile, two_tiles = make_columns(False), make_columns(n_queries <= FEW_QUERIES)
 
         @device
-        def weighted_sum(p, pages, k_offset, v_offset, n_padded, n_keys, coming, out, out_stride):
-            """out[query, column] = sum of p[query, key] * v[key, column]; the pages at `coming` (0: none) come next"""
+        def weighted_sum(p, blocks, n_padded, n_keys, is_first, out, out_stride):
             column, row_bytes = 0, size * n_padded
             if n_queries <= FEW_QUERIES:
                 for _ in range(n_padded // (4 * W)):
-                    at = v_offset + size * column
-                    two_tiles(p, pages, k_offset, at, row_bytes, n_keys, coming, out + 4 * column, out_stride)
+                    two_tiles(p, blocks, size * column, row_bytes, n_keys, is_first, out + 4 * column, out_stride)
                     column += 4 * W
             for _ in range((n_padded - column) // (2 * W)):
-                at = v_offset + size * column
-                one_tile(p, pages, k_offset, at, row_bytes, n_keys, coming, out + 4 * column, out_stride)
+                one_tile(p, blocks, size * column, row_bytes, n_keys, is_first, out + 4 * column, out_stride)
                 column += 2 * W
 
         return weighted_sum
@@ -148,15 +141,27 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
     return KVType(KV_COLUMN_BYTES[name], make_scores, make_weighted_sum, store_head)
 
 
+@device
+def ask_for(blocks, nbytes):
+    """Ask for the next blocks at once: these are small."""
+    soon, later = load_i64(blocks + 8), load_i64(blocks + 16)
+    for line in range(0, nbytes, LINE):
+        prefetch_near(soon + line)
+        prefetch_far(later + line)
+
+
 def _make_q8_scores(n_queries: int) -> Any:
     tile = make_tile(n_queries, "i8")
     zero, step, add_scaled, put = tile.zero, tile.fma, tile.add_scaled, tile.store
 
     @device
-    def scores(q, q_stride, n_embd_head, pages, k_offset, v_offset, n_keys, out):
+    def scores(q, q_stride, n_embd_head, blocks, n_keys, out):
+        nbytes = Q8_COLUMN_BYTES * n_embd_head
         for key in range(0, n_keys, 2 * W):
             page, slot = divmod(key, PAGE_TOKENS)
-            k = load_i64(pages + 8 * page) + k_offset
+            k = load_i64(blocks + 8 * page)
+            if slot == 0:
+                ask_for(blocks + 8 * page, nbytes)
             scales = k + n_embd_head * PAGE_TOKENS + 2 * slot
             total = zero(0)
             for block in range(0, n_embd_head, QK):
@@ -171,14 +176,19 @@ def _make_q8_scores(n_queries: int) -> Any:
 
 def _make_q8_weighted_sum(n_queries: int) -> Any:
     tile = make_tile(n_queries, "i8")
-    zero, step, put = tile.zero, tile.fma_scaled, tile.store
+    zero, step, get, put = tile.zero, tile.fma_scaled, tile.load, tile.store
 
     @device
-    def weighted_sum(p, pages, k_offset, v_offset, n_padded, n_keys, coming, out, out_stride):
+    def weighted_sum(p, blocks, n_padded, n_keys, is_first, out, out_stride):
+        nbytes = Q8_COLUMN_BYTES * n_padded
         for column in range(0, n_padded, 2 * W):
             f = zero(0)
-            for page in range((n_keys + PAGE_TOKENS - 1) // PAGE_TOKENS):
-                v = load_i64(pages + 8 * page) + v_offset
+            if not is_first:
+                f = get(out + 4 * column, out_stride)
+            for page in range(pages_of(n_keys)):
+                v = load_i64(blocks + 8 * page)
+                if column == 0:
+                    ask_for(blocks + 8 * page, nbytes)
                 scales = v + n_padded * PAGE_TOKENS + 2 * (column // QK)
                 first = page * PAGE_TOKENS
                 for key in range(first, min(n_keys, first + PAGE_TOKENS)):

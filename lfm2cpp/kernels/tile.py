@@ -30,7 +30,8 @@ class Tile:
     fma: Any  # (f, rows, x, stride) -> f + rows * x[t]; rows of the element given to make_tile
     fma_scaled: Any  # (f, rows, scale, x, stride) -> f + (rows * scale) * x[t]
     add_scaled: Any  # (f, g, scales) -> f + g * scales; scales: 2 W float16
-    store: Any  # (address, stride, f): rows of 2 W float32, `stride` bytes apart
+    load: Any  # (address, stride) -> rows of 2 W float32, `stride` bytes apart
+    store: Any  # (address, stride, f): the same
     add: Any  # (f, g) -> f + g
     add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
 
@@ -117,6 +118,12 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
         sums = zip(unpack(builder, f), unpack(builder, g), strict=True)
         return pack(builder, [multiply_add(builder, b, rows[i // n_tokens], a) for i, (a, b) in enumerate(sums)])
 
+    @vector_op(floats, int64, int64)
+    def load(builder, address, stride):
+        places = [(half, t) for half in range(2) for t in range(n_tokens)]
+        return pack(builder, [load_at(builder, _at_token(builder, address, stride, t), half * VECTOR, F32_VECTOR)
+                              for half, t in places])  # fmt: skip
+
     @vector_op(types.void, int64, int64, floats)
     def store(builder, address, stride, f):
         for i, value in enumerate(unpack(builder, f)):
@@ -132,4 +139,4 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def add_to(builder, totals, f):
         add_to_totals(builder, totals, unpack(builder, f))
 
-    return Tile(zero, fma, fma_scaled, add_scaled, store, add, add_to)
+    return Tile(zero, fma, fma_scaled, add_scaled, load, store, add, add_to)

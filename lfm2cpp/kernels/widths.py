@@ -50,7 +50,19 @@ def panel_nbytes(n: int) -> int:
     return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192
 
 
-def attention_nbytes(n_padded: int) -> int:
-    """Scratch bytes of attention: the scores of a tile, its results, the states of a group of tokens."""
+BLOCK_TABLE = 4096  # bytes of the list of blocks that a unit of attention reads
+SPLIT_ROWS = 32  # rows of scores that a unit of few tokens has at once: one a query head
+
+
+def rows_of_group(n_gqa: int) -> int:
+    """Rows that the query heads of one KV head take: whole tiles of 4, or one of 2 (attention.py)."""
+    return 2 if n_gqa <= 2 else -(-n_gqa // 4) * 4
+
+
+def attention_nbytes(n_padded: int, n_gqa: int) -> int:
+    """Scratch bytes of attention: a list of blocks, the scores and results of a tile, the states of a group of tokens
+    or as many rows as few tokens need."""
     row = 4 * (PANEL_ROWS + n_padded)
-    return QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row + 4096
+    rows = max(SPLIT_ROWS, rows_of_group(n_gqa))
+    grouped = QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row
+    return BLOCK_TABLE + max(grouped, rows * (4 * CHUNK_TOKENS + row)) + 64
