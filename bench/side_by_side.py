@@ -31,9 +31,9 @@ from report import HERE, load_results, save_part, write_report  # noqa: E402
 from lfm2cpp.benchmark.random_model import write_random_model  # noqa: E402
 from lfm2cpp.benchmark.ranges import parse_range  # noqa: E402
 from lfm2cpp.benchmark.shapes import find_shape  # noqa: E402
-from lfm2cpp.engine.threads import default_threads  # noqa: E402
 from lfm2cpp.gguf import read_gguf  # noqa: E402
 from lfm2cpp.text.vocab import Vocab  # noqa: E402
+from lfm2cpp.threads import default_threads  # noqa: E402
 
 PARTS = ("decode", "prefill", "depth", "batched", "profile", "generate", "process", "load")  # and custom
 N_CTX = 4096  # of the whole-process runs

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room may import from rooms of a lower level, and from itself.
 LEVELS = {
-    "lfm2cpp.errors": 0, "lfm2cpp.ggml": 0, "lfm2cpp.signals": 0,
+    "lfm2cpp.errors": 0, "lfm2cpp.ggml": 0, "lfm2cpp.signals": 0, "lfm2cpp.threads": 0,
     "lfm2cpp.terminal": 1, "lfm2cpp.output_file": 1, "lfm2cpp.files": 2,
     "lfm2cpp.gguf": 3, "lfm2cpp.arch": 4,
     "lfm2cpp.kernels": 1,

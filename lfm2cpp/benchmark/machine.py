@@ -15,9 +15,9 @@ from typing import Any
 
 from lfm2cpp import __version__
 from lfm2cpp.engine.memory import KV_TYPES
-from lfm2cpp.engine.threads import affinity_cpus, cgroup_cpus, default_threads, physical_cores
 from lfm2cpp.kernels import level
 from lfm2cpp.kernels.cache import KernelCache
+from lfm2cpp.threads import affinity_cpus, cgroup_cpus, default_threads, physical_cores
 
 from .kernel_names import all_kernels
 

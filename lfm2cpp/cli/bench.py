@@ -138,7 +138,7 @@ def bench(
     part of a sample. SHAPE is one of 230M 350M 700M 1.2B 2.6B, perhaps with changes such as n_vocab=128000; TYPE is one
     of F32 F16 BF16 Q8_0 Q4_0 Q4_0-pure Q4_1 Q4_1-pure Q6_K. With -p 0 -n 0 the file is written and nothing measured.
     """
-    from lfm2cpp.engine.threads import default_threads
+    from lfm2cpp.threads import default_threads
 
     if batched and profile:
         raise UsageError("give --batched or --profile, not both")

@@ -22,6 +22,7 @@ from lfm2cpp.gguf import GGUFFile, read_gguf
 from lfm2cpp.kernels import batch as at
 from lfm2cpp.kernels.library import Progress
 from lfm2cpp.kernels.widths import CHUNK_TOKENS
+from lfm2cpp.threads import default_threads
 
 from .batching import SLICE_BYTES, SLICE_MACS, Entry, Part, check_batch, slices, split_steps, step_tokens
 from .limits import MAX_BATCH, MAX_THREADS, check_memory, checked, context_size, max_pages
@@ -31,7 +32,6 @@ from .model import record_lfm2
 from .plan import SPLIT_TOKENS, Plan
 from .sequence import Sequence
 from .team import Team
-from .threads import default_threads
 
 
 class Engine:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -59,13 +60,7 @@ class KernelLibrary:
             wanted = list(dict.fromkeys(names))
             if self._missing(wanted):
                 with self._cache.compiling():
-                    missing = self._missing(wanted)
-                    for done, name in enumerate(missing):
-                        if progress:
-                            progress(name, done, len(missing))
-                        self._compile(name)
-                    if progress and missing:
-                        progress("", len(missing), len(missing))
+                    self._compile(self._missing(wanted), progress)
             return {name: self._loaded[name] for name in wanted}
 
     def is_cached(self, name: str) -> bool:
@@ -75,10 +70,32 @@ class KernelLibrary:
         """Those that are neither loaded nor in the cache; what is in the cache is linked."""
         return [name for name in names if name not in self._loaded and not self._link(name, self._cache.read(name))]
 
-    def _compile(self, name: str) -> None:
-        from .compiler import compile_kernel
+    def _compile(self, names: list[str], progress: Progress | None) -> None:
+        """Compile, keep and link these, in helper processes as far as those can."""
+        if not names:
+            return
+        from .helpers import compile_in_helpers
 
-        compiled = compile_kernel(name)
+        begun: dict[str, None] = {}
+
+        def begins(name: str) -> None:
+            if progress and name not in begun:
+                progress(name, len(begun), len(names))
+            begun[name] = None
+
+        with closing(compile_in_helpers(names, begins)) as helped:
+            for name, compiled in helped:
+                self._keep(name, compiled)
+        for name in names:
+            if name not in self._loaded:
+                from .compiler import compile_kernel
+
+                begins(name)
+                self._keep(name, compile_kernel(name))
+        if progress:
+            progress("", len(names), len(names))
+
+    def _keep(self, name: str, compiled: Compiled) -> None:
         self.compiled_names.append(name)
         self._cache.write(name, compiled)
         self._link(name, compiled)
