@@ -38,6 +38,7 @@ def demo(folder: Path | None, threads: int, wants_chat: bool | None) -> int:
     with ExitStack() as cleanup:
         folder = _writable_folder(folder, cleanup)
         paths = chain.make_files(folder, _say)
+        _compile_for(list(paths.values()))
         rows = []
         for file_type, path in paths.items():
             _say(f"checking {path.name} against transformers, and asking it what it has never seen")
@@ -71,6 +72,19 @@ def _writable_folder(folder: Path | None, cleanup: ExitStack) -> Path:
             return folder
     except OSError:
         return Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="lfm2cpp-demo-")))
+
+
+def _compile_for(paths: list[Path]) -> None:
+    """All kernels of all files together: the more there are, the better the cores share them."""
+    from lfm2cpp.benchmark.kernel_names import file_kernels
+    from lfm2cpp.demo.demo import KV_TYPE
+    from lfm2cpp.kernels.library import library
+
+    progress = CompileProgress()
+    try:
+        library().load([name for path in paths for name in file_kernels(path, KV_TYPE)], progress)
+    finally:
+        progress.close()
 
 
 def _load(path: Path, threads: int) -> LLM:

@@ -21,6 +21,7 @@ from lfm2cpp.threads import default_threads
 
 from .cache import Compiled, sources_digest
 
+SLOW = ("attention:attention", "mul_mat:", "swiglu:", "mul_mat_float:", "encode")  # to compile, the slowest first
 MOST_HELPERS = 4
 HELPER_BYTES = 400 << 20  # memory that one may need
 PROGRAM = (
@@ -85,7 +86,8 @@ def compile_in_helpers(names: list[str], begins: Callable[[str], None]) -> Itera
 
     pool = ThreadPoolExecutor(len(helpers), "lfm2cpp-compile")
     try:
-        for future in as_completed([pool.submit(compile_one, name) for name in names]):
+        # The slow ones begin first, or the last of them would keep one core at work and the others waiting.
+        for future in as_completed([pool.submit(compile_one, name) for name in sorted(names, key=_slowness)]):
             name, compiled = future.result()
             if compiled is not None:
                 yield name, compiled
@@ -94,6 +96,10 @@ def compile_in_helpers(names: list[str], begins: Callable[[str], None]) -> Itera
         for helper in helpers:
             helper.stop()
         pool.shutdown(cancel_futures=True)
+
+
+def _slowness(name: str) -> int:
+    return next((i for i, part in enumerate(SLOW) if part in name), len(SLOW))
 
 
 def _start(most: int) -> list[Helper]:
