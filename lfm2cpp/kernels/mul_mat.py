@@ -23,7 +23,7 @@ from .dot_tile import BLOCK, ENTRY, make_dot_tile
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import distance, next_unit, prefetch_stream, take_rows
+from .shares import distance, next_unit, prefetch_stream, rows_of_unit, take_rows
 from .simd import W, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
@@ -282,10 +282,11 @@ def make_mul_mat(weights: ModuleType) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            row, last = take_rows(work, n_rows, nth, W)
+            unit = rows_of_unit(W, row_bytes)
+            row, last = take_rows(work, n_rows, nth, unit)
             while row < last:
-                end, following, following_last = next_unit(work, n_rows, nth, W, row, last)
-                far = distance(row * row_bytes, W * row_bytes, following * row_bytes)
+                end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
+                far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
                 decode_rows(w, row_bytes, n_rows, n, act, out, add, row, end, far, mine)
                 row, last = following, following_last
             return

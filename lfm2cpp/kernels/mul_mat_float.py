@@ -16,7 +16,7 @@ from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import FAR, distance, next_unit, prefetch_stream, take_rows
+from .shares import FAR, distance, next_unit, prefetch_stream, rows_of_unit, take_rows
 from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
 from .tile import make_tile
 from .weights import floats
@@ -216,10 +216,12 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         if n_tokens == 0:
             return
         if n_tokens == 1:
-            row, last = take_rows(work, n_rows, nth, W)
+            row_bytes = n * size
+            unit = rows_of_unit(W, row_bytes)
+            row, last = take_rows(work, n_rows, nth, unit)
             while row < last:
-                end, following, following_last = next_unit(work, n_rows, nth, W, row, last)
-                far = distance(row * n * size, W * n * size, following * n * size)
+                end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
+                far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
                 decode_rows(w, n_rows, n, x, out, add, row, end, far, mine)
                 row, last = following, following_last
             return

@@ -15,7 +15,8 @@ SHARES_A_THREAD = 2
 # A byte is asked for twice: early into the second-level cache, and soon before its use into the first, where few may be
 # on their way.
 NEAR, FAR = 1536, 16384
-FURTHEST = 65536  # of the second-level cache that may be filled with what comes
+# A unit of rows asks for the unit that follows, if it has about this many bytes; any other asks FAR ahead in the file.
+LEAST, MOST = 8192, 65536
 LINE = 64  # bytes of a cache line
 
 
@@ -36,6 +37,12 @@ def take_rows(work, n_rows, nth, unit):
 
 
 @device
+def rows_of_unit(step, row_bytes):
+    """Rows that are asked for together: whole steps of rows, LEAST bytes or a little more."""
+    return (LEAST + step * row_bytes - 1) // (step * row_bytes) * step
+
+
+@device
 def next_unit(work, n_rows, nth, unit, row, last):
     """Of a share of rows `row` .. `last` - 1: (end of its first unit, the row and the last of what follows that)."""
     end = min(row + unit, last)
@@ -47,8 +54,8 @@ def next_unit(work, n_rows, nth, unit, row, last):
 
 @device
 def distance(rows, nbytes, coming):
-    """How many bytes ahead to ask while nbytes at `rows` are used: to what comes after them, if that is not too far."""
-    return coming - rows if nbytes <= FURTHEST else FAR
+    """How many bytes ahead to ask while nbytes at `rows` are used, of which those at `coming` follow."""
+    return coming - rows if LEAST <= nbytes <= MOST else FAR
 
 
 @device
