@@ -109,6 +109,8 @@ def test_without_helpers(reason: str, cold: Start, here: list[str], monkeypatch:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_helper_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> None:
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever started pytest ignores it
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})\n"
         "from lfm2cpp.kernels import helpers; helpers.default_threads = lambda: 2\n"
         "from lfm2cpp.kernels.library import library\n"
         "library().load(['lfm2cpp.kernels.mul_mat:mul_mat_q4_0', 'lfm2cpp.kernels.mul_mat:mul_mat_q6_K',\n"
@@ -116,15 +118,19 @@ def test_no_helper_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> N
     )
     env = {**os.environ, "LFM2CPP_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"begun\n"
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 2
-    time.sleep(1.5)  # well into compiling
-    assert all(c.is_running() for c in children)
-    process.send_signal(how)
-    process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        time.sleep(1.5)  # well into compiling
+        assert all(c.is_running() for c in children)
+        process.send_signal(how)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     # A killed parent cannot stop them: they notice when they ask for the next kernel.
-    deadline = time.monotonic() + (5 if how == signal.SIGINT else 60)
+    deadline = time.monotonic() + (5 if how == signal.SIGINT else 120)
     while (left := [c for c in children if c.is_running()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
