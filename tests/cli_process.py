@@ -60,17 +60,29 @@ def environment(**extra: str) -> dict[str, str]:
 
 @contextmanager
 def started(*arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of its own, with pipes where nothing else is said; gone at the end whatever happens."""
+    """A process of its own, with pipes where nothing else is said; gone at the end whatever happens.
+
+    The pipes are unbuffered: what `first` leaves unread, `finish` reads.
+    """
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     extra = options.pop("env", {})
     with subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], env=environment(**extra), **{**pipes, **options}
+        [*COMMAND, *map(str, arguments)], env=environment(**extra), bufsize=0, **{**pipes, **options}
     ) as process:
         try:
             yield process
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def first(process: subprocess.Popen[bytes], n: int) -> bytes:
+    """The first `n` bytes of standard output, fewer at its end."""
+    assert process.stdout is not None
+    got = b""
+    while len(got) < n and (part := process.stdout.read(n - len(got))):
+        got += part
+    return got
 
 
 def finish(process: subprocess.Popen[bytes], stdin: bytes | None = None, timeout: float = 60) -> Outcome:

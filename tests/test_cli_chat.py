@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from bigram_model import HELLO, bigram_gguf, endless_gguf
-from cli_process import Cli, finish, lfm2cpp, started
+from cli_process import Cli, finish, first, lfm2cpp, started
 from tiny_model import tiny_gguf
 
 from lfm2cpp import LLM
@@ -102,7 +102,7 @@ def test_a_reader_that_leaves(models: dict[str, Path]) -> None:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         process.stdin.write(b"hi\n")
         process.stdin.flush()
-        process.stdout.read(4)
+        first(process, 4)
         process.stdout.close()
         assert process.wait(timeout=20) == 141 and process.stderr.read() == b""
 
@@ -112,7 +112,7 @@ def test_ctrl_c_in_a_pipe_stops_the_answer_only(models: dict[str, Path]) -> None
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(b"hi\n")
         process.stdin.flush()
-        process.stdout.read(4)
+        first(process, 4)
         process.send_signal(signal.SIGINT)
         result = finish(process, b"/set max_tokens 2\nhi\n")
     assert result.code == 0 and result.out.endswith("\nab\n") and "interrupted" in result.err

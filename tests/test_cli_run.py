@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 from bigram_model import HELLO, bigram_gguf, endless_gguf, piece_ids
-from cli_process import COMMAND, Cli, environment, finish, lfm2cpp, modules_imported, shell, started
+from cli_process import COMMAND, Cli, environment, finish, first, lfm2cpp, modules_imported, shell, started
 from tiny_model import Weights, tiny_gguf
 
 CONTROLS = ["A", "\u011b", "]", "5", "2", "\u0107", "\u010d", "B", "\u011a", "<|im_end|>"]  # A ESC ] 5 2 BEL CR B 0x1a
@@ -293,7 +293,7 @@ def test_a_reader_that_leaves_is_no_error(models: dict[str, Path]) -> None:
     """E11: 141, and nothing on stderr."""
     with started("run", "-m", models["endless"], "-p", "hi") as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.read(10) == b"ababababab"
+        assert first(process, 10) == b"ababababab"
         process.stdout.close()
         assert process.wait(timeout=20) == 141
         assert process.stderr.read() == b""
@@ -320,7 +320,7 @@ def test_ctrl_c_ends_with_130_at_once(models: dict[str, Path]) -> None:
     """E9: within 0.3 s on a quiet machine; the limit here leaves room for a busy one. What was said stays."""
     with started("run", "-m", models["endless"], "-p", "hi") as process:
         assert process.stdout is not None
-        head = process.stdout.read(20).decode()
+        head = first(process, 20).decode()
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         sent = time.monotonic()
@@ -344,7 +344,7 @@ def test_ctrl_c_with_json_gives_the_part_that_there_is(models: dict[str, Path]) 
 def test_termination_signals(models: dict[str, Path], number: int) -> None:
     with started("run", "-m", models["endless"], "-p", "hi") as process:
         assert process.stdout is not None
-        process.stdout.read(20)
+        first(process, 20)
         process.send_signal(number)
         assert finish(process).code == 128 + number
 
