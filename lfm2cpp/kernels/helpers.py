@@ -12,8 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 
@@ -21,7 +22,7 @@ from lfm2cpp.threads import default_threads
 
 from .cache import Compiled, sources_digest
 
-SLOW = ("attention:attention", "mul_mat:", "swiglu:", "mul_mat_float:", "encode")  # to compile, the slowest first
+SLOW = ("attention:attention", "mul_mat:", "swiglu:", "mul_mat_float:")  # to compile, the slowest first
 MOST_HELPERS = 4
 HELPER_BYTES = 400 << 20  # memory that one may need
 PROGRAM = (
@@ -69,33 +70,37 @@ def compile_in_helpers(names: list[str], begins: Callable[[str], None]) -> Itera
     helpers = _start(min(len(names), MOST_HELPERS))
     if not helpers:
         return
-    waiting: SimpleQueue[Helper] = SimpleQueue()
-    for helper in helpers:
-        waiting.put(helper)
-    stopped = False
+    # The slow ones begin first, or the last of them would keep one core at work and the others waiting.
+    todo = deque(sorted(names, key=_slowness))
+    done: SimpleQueue[tuple[str, Compiled] | None] = SimpleQueue()
 
-    def compile_one(name: str) -> tuple[str, Compiled | None]:
-        helper = waiting.get()
-        if stopped:
-            return name, None
-        begins(name)
+    def work(helper: Helper) -> None:
+        """Kernel after kernel, until none is left or the helper fails; then None."""
         try:
-            return name, helper.compile(name)
+            with suppress(IndexError):
+                while True:
+                    name = todo.popleft()
+                    begins(name)
+                    compiled = helper.compile(name)
+                    if compiled is None:
+                        return
+                    done.put((name, compiled))
         finally:
-            waiting.put(helper)
+            done.put(None)
 
     pool = ThreadPoolExecutor(len(helpers), "lfm2cpp-compile")
     try:
-        # The slow ones begin first, or the last of them would keep one core at work and the others waiting.
-        for future in as_completed([pool.submit(compile_one, name) for name in sorted(names, key=_slowness)]):
-            name, compiled = future.result()
-            if compiled is not None:
-                yield name, compiled
+        workers = [pool.submit(work, helper) for helper in helpers]
+        for _ in workers:
+            while (answer := done.get()) is not None:
+                yield answer
+        for worker in workers:
+            worker.result()  # raises what `begins` raised
     finally:
-        stopped = True
+        todo.clear()
         for helper in helpers:
             helper.stop()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def _slowness(name: str) -> int:

@@ -76,12 +76,12 @@ class KernelLibrary:
             return
         from .helpers import compile_in_helpers
 
-        begun: dict[str, None] = {}
+        begun: set[str] = set()
 
         def begins(name: str) -> None:
             if progress and name not in begun:
                 progress(name, len(begun), len(names))
-            begun[name] = None
+            begun.add(name)
 
         with closing(compile_in_helpers(names, begins)) as helped:
             for name, compiled in helped:
