@@ -37,6 +37,7 @@ UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errn
 
 _leftovers: set[Path] = set()
 
+
 @atexit.register
 def _remove_leftovers() -> None:
     for path in list(_leftovers):

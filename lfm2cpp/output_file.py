@@ -17,6 +17,7 @@ WRITE_CHUNK = 16 << 20  # keeps Ctrl-C prompt: Python looks at signals between s
 # What Linux gets in pieces of this size, and aligned to it, it can keep in memory as one page: a model that was just
 # written then runs as fast as one that was read.
 LARGE_PAGE = 2 << 20
+SYNC_FILE_RANGE_WRITE = 2
 
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
 if _sync_file_range is not None:
@@ -61,8 +62,10 @@ class OutputFile:
         self._start_writeback()
 
     def _start_writeback(self) -> None:
+        """Let the disk work while more is produced: the sync at the end, which nothing can interrupt, is short then."""
         if self.nbytes - self._on_its_way >= WRITE_CHUNK:
-            _start_writeback(self.fd, self._on_its_way, self.nbytes - self._on_its_way)
+            if _sync_file_range is not None:  # only a hint, so its result does not matter
+                _sync_file_range(self.fd, self._on_its_way, self.nbytes - self._on_its_way, SYNC_FILE_RANGE_WRITE)
             self._on_its_way = self.nbytes
 
     def skip(self, n: int) -> None:
@@ -90,12 +93,6 @@ class OutputFile:
                 if n <= 0:
                     raise OSError(errno.EIO, "nothing was written")
                 view = view[n:]
-
-
-def _start_writeback(fd: int, offset: int, n: int) -> None:
-    """Let the disk work while more is produced, so that the sync at the end, which nothing can interrupt, is short."""
-    if _sync_file_range is not None:
-        _sync_file_range(fd, offset, n, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so its result does not matter
 
 
 @contextmanager

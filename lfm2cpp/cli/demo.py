@@ -80,22 +80,16 @@ def _compile_for(paths: list[Path]) -> None:
     from lfm2cpp.demo.demo import KV_TYPE
     from lfm2cpp.kernels.library import library
 
-    progress = CompileProgress()
-    try:
+    with CompileProgress() as progress:
         library().load([name for path in paths for name in file_kernels(path, KV_TYPE)], progress)
-    finally:
-        progress.close()
 
 
 def _load(path: Path, threads: int) -> LLM:
     from lfm2cpp.demo.demo import KV_TYPE
     from lfm2cpp.llm import LLM
 
-    progress = CompileProgress()
-    try:
+    with CompileProgress() as progress:
         return LLM(path, None, None if threads < 1 else threads, KV_TYPE, progress=progress)
-    finally:
-        progress.close()
 
 
 def table(rows: list[Judged]) -> list[str]:

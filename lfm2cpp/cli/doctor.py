@@ -33,11 +33,8 @@ def measure(n_threads: int) -> list[dict[str, Any]]:
 
     from .loading import CompileProgress
 
-    progress = CompileProgress()
-    try:
+    with CompileProgress() as progress:
         return [limits.to_json() for limits in measure_limits(sorted({1, n_threads}), progress)]
-    finally:
-        progress.close()
 
 
 def find_warnings(facts: dict[str, Any]) -> list[str]:

@@ -47,14 +47,11 @@ def load_llm(options: dict[str, Any]) -> LLM:
     template, template_file = options.pop("chat_template"), options.pop("chat_template_file")
     if template_file is not None:
         template = read_text(template_file, "--chat-template-file")
-    progress = CompileProgress()
-    try:
+    with CompileProgress() as progress:
         return LLM(
             path, n_ctx or None, None if n_threads == -1 else n_threads, kv_type, options.pop("verbose"),
             chat_template=template, force=options.pop("force"), progress=progress,
         )  # fmt: skip
-    finally:
-        progress.close()
 
 
 def _kv_type(k: str | None, v: str | None) -> str:
@@ -70,6 +67,12 @@ class CompileProgress:
         self._stack = ExitStack()
         self._bar: Progress | None = None
 
+    def __enter__(self) -> CompileProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
     def __call__(self, kernel: str, done: int, total: int) -> None:
         if self._bar is None:
             note("compiling kernels for this CPU; this happens once")
@@ -77,9 +80,6 @@ class CompileProgress:
             self._stack.close()
             self._bar = self._stack.enter_context(Progress("kernels", total=total, unit=" kernels"))
         self._bar.update(done - self._bar.done)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def read_text(path: str, what: str, *, limit: int = MAX_TEXT_FILE) -> str:

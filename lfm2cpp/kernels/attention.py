@@ -25,9 +25,18 @@ from .scalar import atomic_add, load_i32, load_i64, store_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
-from .widths import BLOCK_TABLE, CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, QUERY_GROUP, QUERY_TILE, SPLIT_ROWS
+from .widths import (
+    BLOCK_TABLE,
+    CHUNK_PAGES,
+    CHUNK_TOKENS,
+    MEDIUM_TILE,
+    PAGE_TOKENS,
+    QUERY_GROUP,
+    QUERY_TILE,
+    SMALL_TILE,
+    SPLIT_ROWS,
+)
 
-SMALL_TILE, MEDIUM_TILE = 2, 4  # query heads of one token that share K and V
 UNITS_A_THREAD = 16  # at least, where few tokens are split into units
 LOWEST = -3.0e38
 rows_of_group = device(widths.rows_of_group)

@@ -21,12 +21,11 @@ from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
 from .simd import W, prefetch_far, prefetch_near
 from .tile import make_tile
-from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, PAGE_TOKENS, REGISTERS
+from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 Q8_COLUMN_BYTES = KV_COLUMN_BYTES["q8_0"]
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
-LINE = 64  # bytes of a cache line
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
 

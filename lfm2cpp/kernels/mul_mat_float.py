@@ -217,7 +217,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
             return
         if n_tokens == 1:
             row_bytes = n * size
-            unit = rows_of_unit(W, row_bytes)
+            unit = rows_of_unit(row_bytes)
             row, last = take_rows(work, n_rows, nth, unit)
             while row < last:
                 end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import prefetch_far, prefetch_near
+from .widths import LINE, W
 
 SHARES_A_THREAD = 2
 # A byte is asked for twice: early into the second-level cache, and soon before its use into the first, where few may be
@@ -17,7 +18,6 @@ SHARES_A_THREAD = 2
 NEAR, FAR = 1536, 16384
 # A unit of rows asks for the unit that follows, if it has about this many bytes; any other asks FAR ahead in the file.
 LEAST, MOST = 8192, 65536
-LINE = 64  # bytes of a cache line
 
 
 @device
@@ -37,9 +37,9 @@ def take_rows(work, n_rows, nth, unit):
 
 
 @device
-def rows_of_unit(step, row_bytes):
-    """Rows that are asked for together: whole steps of rows, LEAST bytes or a little more."""
-    return (LEAST + step * row_bytes - 1) // (step * row_bytes) * step
+def rows_of_unit(row_bytes):
+    """Rows that are asked for together: W or a multiple of it, LEAST bytes or a little more."""
+    return (LEAST + W * row_bytes - 1) // (W * row_bytes) * W
 
 
 @device

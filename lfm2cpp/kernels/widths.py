@@ -23,6 +23,7 @@ ACT_GROUP = 56 * W
 
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
+LINE = 64  # bytes of a cache line
 
 
 def activation_nbytes(n: int) -> int:
@@ -51,12 +52,13 @@ def panel_nbytes(n: int) -> int:
 
 
 BLOCK_TABLE = 4096  # bytes of the list of blocks that a unit of attention reads
+SMALL_TILE, MEDIUM_TILE = 2, 4  # query heads of one token that share K and V
 SPLIT_ROWS = 32  # rows of scores that a unit of few tokens has at once: one a query head
 
 
 def rows_of_group(n_gqa: int) -> int:
-    """Rows that the query heads of one KV head take: whole tiles of 4, or one of 2 (attention.py)."""
-    return 2 if n_gqa <= 2 else -(-n_gqa // 4) * 4
+    """Rows that the query heads of one KV head take: whole tiles, or a small one (attention.py)."""
+    return SMALL_TILE if n_gqa <= SMALL_TILE else -(-n_gqa // MEDIUM_TILE) * MEDIUM_TILE
 
 
 def attention_nbytes(n_padded: int, n_gqa: int) -> int:
