@@ -24,9 +24,9 @@ from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, next_unit, prefetch_stream, rows_of_unit, take_rows
-from .simd import W, load_f32, prefetch_far, splat_f32, store_f32, transpose_square
+from .simd import W, load_f32, prefetch_far, prefetch_near, prefetch_write, splat_f32, store_f32, transpose_square
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import TILE_TOKENS
+from .widths import LINE, TILE_TOKENS
 
 SMALL_TILE = 2
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
@@ -228,6 +228,17 @@ def whole_rows(w, row_bytes, n_rows, scratch):
 
 
 @device
+def ask_for_totals(out, add, t, count, row, n_rows):
+    """Ask for what store_totals will read and write: elsewhere it would wait for line after line."""
+    for i in range(count):
+        where = 4 * ((t + i) * n_rows + row)
+        for line in range(0, SUMS, LINE):
+            if add:
+                prefetch_near(add + where + line)
+            prefetch_write(out + where + line)
+
+
+@device
 def store_totals(totals, out, add, t, count, row, n_rows):
     """Sums of tokens t .. t + count - 1, rows row .. row + 2 W - 1 as far as there are, to out: (n_tokens, n_rows)"""
     for i in range(count):
@@ -261,6 +272,7 @@ def make_prefill(weights: ModuleType) -> Any:
         unpack(rows, row_bytes, n_rows - row, n, panel, coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
+            ask_for_totals(out, add, t, count, row, n_rows)
             by_tile(panel, n, act, count, totals)
             store_totals(totals, out, add, t, count, row, n_rows)
             act += tile_stride(n_groups_of(n))

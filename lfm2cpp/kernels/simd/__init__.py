@@ -51,6 +51,7 @@ from .memory import (
     load_i32,
     prefetch_far,
     prefetch_near,
+    prefetch_write,
     store_bytes,
     store_f16,
     store_f32,

@@ -103,7 +103,13 @@ def prefetch_far(builder, address):
     _prefetch(builder, address, 2)
 
 
-def _prefetch(builder, address, locality):
+@vector_op(types.void, int64)
+def prefetch_write(builder, address):
+    """Ask for the cache line at address, which will be written soon. Never faults"""
+    _prefetch(builder, address, 3, write=1)
+
+
+def _prefetch(builder, address, locality, write=0):
     where = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
-    hint = [ir.Constant(I32, value) for value in (0, locality, 1)]  # read, how near, data
+    hint = [ir.Constant(I32, value) for value in (write, locality, 1)]  # to write, how near, data
     call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, *hint)
