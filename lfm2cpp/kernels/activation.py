@@ -29,7 +29,9 @@ import numpy as np
 from .compiler import device
 from .dot import I8_BIAS
 from .dot_tile import HALF
-from .scalar import store_f32, store_i32
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .scalar import store_i32
 from .simd import (
     W,
     absolute,
@@ -39,13 +41,14 @@ from .simd import (
     make_least_sum,
     max_lanes,
     maximum,
+    prefetch_write,
     product_to_i32,
     splat_f32,
     splat_i32,
     store_i8,
     sum_lanes_i32,
 )
-from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, PAIRS, TILE_TOKENS
+from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, LINE, PAIRS, TILE_TOKENS
 
 QK = 32
 CANDIDATES = 4  # numbers of levels that are tried, from 127 down
@@ -110,27 +113,50 @@ def scale_of(x, amax):
 
 
 @device
-def quantize_block(x, act, n_groups, t, b, one_token):
-    """Quantize the 32 float32 at x into block b of token t of the rows at `act`, laid out for one token or more."""
+def find_scale(x, act, n_groups, t, b, one_token):
+    """First half of quantizing the 32 float32 at x as block b of token t of the rows at `act`: d; 1 / d in ds' place.
+
+    Each half waits long for a few numbers. A loop of its own over many blocks lets them wait together.
+    """
     peak = absolute(load_f32(x))
     for i in range(W, QK, W):
         peak = maximum(absolute(load_f32(x + 4 * i)), peak)
-    d, scale = scale_of(x, max_lanes(peak))
-    inverse = splat_f32(scale)
+    d, inverse = scale_of(x, max_lanes(peak))
+    entry, table = first_entry(act, n_groups, t, b, one_token)
+    store_scalar(entry + table * ACT_D, d)
+    store_scalar(entry + table * ACT_DS, inverse)
+
+
+@device
+def first_entry(act, n_groups, t, b, one_token):
+    """Where block b of token t would lie in a table at the row's start, and what a table's offset is to be times by."""
+    if one_token:
+        return act + 4 * b, n_groups
+    tile = first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
+    return tile + 4 * place_in_tile(n_groups, t, b), n_groups * TILE_TOKENS
+
+
+@device
+def place_in_tile(n_groups, t, b):
+    """Entries before that of block b of token t in a table of its tile."""
+    return chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
+
+
+@device
+def write_block(x, act, n_groups, t, b, one_token):
+    """The other half: the integers and the tables."""
+    entry, table = first_entry(act, n_groups, t, b, one_token)
     if one_token:
         low_qs = act + decode_offset(b)
         high_qs = low_qs + 4 * W
         gap = 0
-        entry = act + 4 * b
     else:
-        tile = first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
-        place = chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
-        low_qs, gap = tile + 32 * place, 0
+        place = place_in_tile(n_groups, t, b)
+        low_qs, gap = entry + (32 - 4) * place, 0
         if PAIRS:
             low_qs, gap = low_qs - place % 2 * (32 - 8), 8
         high_qs = low_qs + HALF
-        entry = tile + 4 * place
-        n_groups *= TILE_TOKENS
+    d, inverse = load_scalar(entry + table * ACT_D), splat_f32(load_scalar(entry + table * ACT_DS))
     low_sum = splat_i32(0)
     high_sum = splat_i32(0)
     for i in range(0, 16, W):
@@ -141,19 +167,37 @@ def quantize_block(x, act, n_groups, t, b, one_token):
         q = product_to_i32(load_f32(x + 64 + 4 * i), inverse)
         high_sum = high_sum + q
         store_i8(high_qs + i + i // 8 * gap, q)
-    write_tables(entry, n_groups, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
+    write_tables(entry, table, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
 
 
 @device
-def write_tables(entry, n_groups, d, low, high):
-    """The scale of a block and what follows from the sums of its halves; entry: where the first table's would be."""
+def ask_for_block(act, n_groups, t, b):
+    """Ask for what find_scale and write_block will write of a whole tile of tokens, from t on."""
+    entry, table = first_entry(act, n_groups, t, b, False)
+    for line in range(0, QK * TILE_TOKENS, LINE):
+        prefetch_write(entry + (QK - 4) * place_in_tile(n_groups, t, b) + line)
+    for offset in range(ACT_D, ACT_GROUP, ACT_DS - ACT_D):
+        prefetch_write(entry + table * offset)
+
+
+@device
+def quantize_blocks(x, first, last, act, n_groups, t, one_token):
+    """Blocks first .. last - 1 of token t from the float32 at x, the first block's first."""
+    for b in range(first, last):
+        find_scale(x + 4 * QK * (b - first), act, n_groups, t, b, one_token)
+    for b in range(first, last):
+        write_block(x + 4 * QK * (b - first), act, n_groups, t, b, one_token)
+
+
+@device
+def write_tables(entry, table, d, low, high):
+    """What follows from a block's scale and the sums of its halves; entry and table as first_entry gives them."""
     total = low + high
-    store_f32(entry + n_groups * ACT_D, d)
-    store_f32(entry + n_groups * ACT_DS, d * np.float32(total))
-    store_i32(entry + n_groups * ACT_Z8, -8 * total)
-    store_i32(entry + n_groups * ACT_Z128, -I8_BIAS * total)
-    store_i32(entry + n_groups * ACT_Z32_LOW, -32 * low)
-    store_i32(entry + n_groups * ACT_Z32_HIGH, -32 * high)
+    store_scalar(entry + table * ACT_DS, d * np.float32(total))
+    store_i32(entry + table * ACT_Z8, -8 * total)
+    store_i32(entry + table * ACT_Z128, -I8_BIAS * total)
+    store_i32(entry + table * ACT_Z32_LOW, -32 * low)
+    store_i32(entry + table * ACT_Z32_HIGH, -32 * high)
 
 
 @device

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import kv, widths
-from .activation import n_groups_of, quantize_block
+from .activation import QK, n_groups_of, quantize_blocks
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from .kv import AHEAD, KVType, pages_of
@@ -106,8 +106,8 @@ def finish_head(state, n_embd_head, out):
 @device
 def quantize_head(out, act, n_groups, t, head, n_embd_head, one_token):
     """The blocks of one head; heads are whole blocks where `act` is given."""
-    for i in range(0, n_embd_head, 32):
-        quantize_block(out + 4 * i, act, n_groups, t, (head * n_embd_head + i) // 32, one_token)
+    blocks = n_embd_head // QK
+    quantize_blocks(out, head * blocks, (head + 1) * blocks, act, n_groups, t, one_token)
 
 
 @device

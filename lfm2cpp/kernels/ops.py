@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .activation import n_groups_of, quantize_block
+from .activation import QK, n_groups_of, quantize_blocks
 from .compiler import F32, device, kernel
 from .math import silu
 from .scalar import load_f32 as load_scalar
@@ -37,8 +37,7 @@ def share_of(n, ith, nth):
 @device
 def quantize_part(x, act, n_groups, t, first, last, one_token):
     """Elements first .. last - 1 of token t, whose row is at x."""
-    for k in range(first, last, SEGMENT):
-        quantize_block(x + 4 * k, act, n_groups, t, k // SEGMENT, one_token)
+    quantize_blocks(x + 4 * first, first // QK, (last + QK - 1) // QK, act, n_groups, t, one_token)
 
 
 @kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .activation import first_tile, n_groups_of, quantize_block, tile_stride
+from .activation import QK, ask_for_block, find_scale, first_tile, n_groups_of, tile_stride, write_block
 from .compiler import device, kernel
 from .math import silu
 from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, totals_nbytes
@@ -25,15 +25,23 @@ ROWS = 2 * W  # rows that are finished together
 
 
 @device
-def finish_rows(gate, up, hidden, act, n_groups, t, row, n_rows, one_token):
-    """hidden = silu(gate) * up for ROWS rows of token t from `row` on; then their block of `act`."""
-    for i in range(0, SUMS, 4 * W):
+def finish_rows(gate, up, hidden, act, t, count, row, n_rows, one_token):
+    """hidden = silu(gate) * up for ROWS rows from `row` on of tokens t .. t + count - 1; then their block of `act`.
+
+    gate, up: SUMS bytes a token.
+    """
+    n_groups = n_groups_of(n_rows)
+    for i in range(0, count * SUMS, 4 * W):
         store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
     if act:
-        quantize_block(gate, act, n_groups, t, row // 32, one_token)
+        for i in range(count):
+            find_scale(gate + i * SUMS, act, n_groups, t + i, row // QK, one_token)
+        for i in range(count):
+            write_block(gate + i * SUMS, act, n_groups, t + i, row // QK, one_token)
     if hidden:
-        for i in range(0, 4 * min(ROWS, n_rows - row), 4):
-            store_scalar(hidden + 4 * (t * n_rows + row) + i, load_scalar(gate + i))
+        for i in range(count):
+            for j in range(0, 4 * min(ROWS, n_rows - row), 4):
+                store_scalar(hidden + 4 * ((t + i) * n_rows + row) + j, load_scalar(gate + i * SUMS + j))
 
 
 def make_decode_swiglu(weights: ModuleType) -> Any:
@@ -49,8 +57,7 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
         decode_rows(gate_rows, row_bytes, count, n, x, gate_sums, 0, 0, count, far, scratch)
         far = distance(up_rows, nbytes, gate + following * row_bytes)
         decode_rows(up_rows, row_bytes, count, n, x, up_sums, 0, 0, count, far, scratch)
-        n_groups = n_groups_of(n_rows)
-        finish_rows(gate_sums, up_sums, hidden, act, n_groups, 0, row, n_rows, True)
+        finish_rows(gate_sums, up_sums, hidden, act, 0, 1, row, n_rows, True)
 
     return decode_swiglu
 
@@ -66,22 +73,22 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
         gate_sums = scratch
         up_sums = gate_sums + totals_nbytes(FEW_TOKENS)
         panel = up_sums + totals_nbytes(FEW_TOKENS)
-        first, coming, n_groups = row * row_bytes, (row + nth * ROWS) * row_bytes, n_groups_of(n_rows)
+        first, coming = row * row_bytes, (row + nth * ROWS) * row_bytes
         if n_tokens <= FEW_TOKENS:
             by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, x, n_tokens, gate_sums)
             by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, x, n_tokens, up_sums)
-            for t in range(n_tokens):
-                finish_rows(gate_sums + t * SUMS, up_sums + t * SUMS, hidden, act, n_groups, t, row, n_rows, False)
+            finish_rows(gate_sums, up_sums, hidden, act, 0, n_tokens, row, n_rows, False)
             return
         up_panel = panel + n // 32 * panel_block
         unpack(gate + first, row_bytes, n_rows - row, n, panel, gate + coming)
         unpack(up + first, row_bytes, n_rows - row, n, up_panel, up + coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
+            if act:
+                ask_for_block(act, n_groups_of(n_rows), t, row // QK)
             by_tile(panel, n, x, count, gate_sums)
             by_tile(up_panel, n, x, count, up_sums)
-            for i in range(count):
-                finish_rows(gate_sums + i * SUMS, up_sums + i * SUMS, hidden, act, n_groups, t + i, row, n_rows, False)
+            finish_rows(gate_sums, up_sums, hidden, act, t, count, row, n_rows, False)
             x += tile_stride(n_groups_of(n))
 
     return prefill_swiglu
