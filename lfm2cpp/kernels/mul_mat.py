@@ -23,7 +23,7 @@ from .dot_tile import BLOCK, ENTRY, make_dot_tile
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import distance, next_unit, prefetch_stream, rows_of_unit, take_rows
+from .shares import distance, next_unit, rows_of_unit, take_rows
 from .simd import W, load_f32, prefetch_far, prefetch_near, prefetch_write, splat_f32, store_f32, transpose_square
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import LINE, TILE_TOKENS
@@ -56,7 +56,6 @@ def store_rows(lanes, columns, out, add, row, n_rows):
 def make_row_sums(weights: ModuleType) -> Any:
     """sum_row(row, row_bytes, far, act, n, scratch) -> W partial sums of one row for a block type."""
     row_group, dot_group = weights.row_group, weights.dot_group
-    group_bytes = W // (weights.BLOCK // 32) * weights.BLOCK_BYTES or weights.BLOCK_BYTES
 
     @device
     def sum_row(row, row_bytes, far, act, n, scratch):
@@ -64,16 +63,14 @@ def make_row_sums(weights: ModuleType) -> Any:
         n_full = n // (32 * W)
         acc = splat_f32(0.0)
         for g in range(n_full):
-            group = row_group(row, g)
-            prefetch_stream(group, far, group_bytes)
-            acc = dot_group(acc, group, act, n_groups, g)
+            acc = dot_group(acc, row_group(row, g), act, n_groups, g, far)
         if n_full < n_groups:
             # The last group is not whole: complete it with zero blocks.
             tail = row_group(row, n_full)
             n_tail = row + row_bytes - tail
             for i in range(n_tail):
                 store_i8(scratch + i, load_u8(tail + i))
-            acc = dot_group(acc, scratch, act, n_groups, n_full)
+            acc = dot_group(acc, scratch, act, n_groups, n_full, far)
         return acc
 
     return sum_row

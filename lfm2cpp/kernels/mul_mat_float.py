@@ -16,7 +16,7 @@ from .ops import share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import FAR, distance, next_unit, prefetch_stream, rows_of_unit, take_rows
+from .shares import FAR, distance, make_prefetches, next_unit, rows_of_unit, take_rows
 from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
 from .tile import make_tile
 from .weights import floats
@@ -63,6 +63,7 @@ def chain_rows(x, n, chained, count, ith, nth):
 
 def make_row_sums(weights: floats.FloatWeights) -> Any:
     load, size = weights.load, weights.size
+    (ask,) = make_prefetches(RUN * size, 1)
 
     @device
     def copy_tail(row, x, left, scratch):
@@ -79,7 +80,7 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
         even = splat_f32(0.0)
         odd = splat_f32(0.0)
         for k in range(0, n - RUN + 1, RUN):
-            prefetch_stream(row + k * size, far, RUN * size)
+            ask(row + k * size, far)
             even = fma(load(row + k * size), load_f32(x + 4 * k), even)
             odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
         left = n % RUN

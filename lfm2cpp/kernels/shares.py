@@ -7,9 +7,11 @@ with rows that nobody has asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
-from .simd import prefetch_far, prefetch_near
+from .simd import make_prefetch_lines
 from .widths import LINE, W
 
 SHARES_A_THREAD = 2
@@ -58,9 +60,11 @@ def distance(rows, nbytes, coming):
     return coming - rows if LEAST <= nbytes <= MOST else FAR
 
 
-@device
-def prefetch_stream(address, far, nbytes):
-    """Ask for what comes after these nbytes, `far` bytes ahead."""
-    for i in range(0, nbytes, LINE):
-        prefetch_near(address + (NEAR + i))
-        prefetch_far(address + (far + i))
+def make_prefetches(nbytes: int, parts: int) -> list[Any]:
+    """`parts` words ask(address, far), which together ask for what comes `far` bytes after the nbytes at address.
+
+    To be put between products: prefetches side by side hold each other up, for a core has few places for what is on its
+    way.
+    """
+    lines = range(0, nbytes, LINE)
+    return [make_prefetch_lines([n for n in lines if n * parts // nbytes == part], NEAR) for part in range(parts)]

@@ -49,6 +49,7 @@ from .memory import (
     load_f32,
     load_i8_as_f32,
     load_i32,
+    make_prefetch_lines,
     prefetch_far,
     prefetch_near,
     prefetch_write,

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from ..portable import float_to_half, half_to_float
-from ..scalar import I32
+from ..scalar import I32, I64
 from ..vector import call_llvm, constant, vector_op
 from .registers import (
     F16_VECTOR,
@@ -91,22 +91,39 @@ def store_i8(builder, address, value):
     store_vector(builder, address, builder.trunc(value, I8_LANES))
 
 
+SECOND_LEVEL, NEXT_TO_CORE = 2, 3  # caches, as LLVM counts them
+
+
 @vector_op(types.void, int64)
 def prefetch_near(builder, address):
     """Ask for the cache line at address: it will be needed soon. Never faults"""
-    _prefetch(builder, address, 3)
+    _prefetch(builder, address, NEXT_TO_CORE)
 
 
 @vector_op(types.void, int64)
 def prefetch_far(builder, address):
     """Ask for the cache line at address, as near as the second-level cache: it will be needed later. Never faults"""
-    _prefetch(builder, address, 2)
+    _prefetch(builder, address, SECOND_LEVEL)
 
 
 @vector_op(types.void, int64)
 def prefetch_write(builder, address):
     """Ask for the cache line at address, which will be written soon. Never faults"""
-    _prefetch(builder, address, 3, write=1)
+    _prefetch(builder, address, NEXT_TO_CORE, write=1)
+
+
+def make_prefetch_lines(lines, near):
+    """ask(address, far): for each offset in `lines`, the cache line `near` bytes behind it will be needed soon, the one
+    `far` bytes behind it later. No loop, which LLVM might leave as one."""
+
+    @vector_op(types.void, int64, int64)
+    def ask(builder, address, far):
+        later = builder.add(address, far)
+        for line in lines:
+            _prefetch(builder, builder.add(address, ir.Constant(I64, near + line)), NEXT_TO_CORE)
+            _prefetch(builder, builder.add(later, ir.Constant(I64, line)), SECOND_LEVEL)
+
+    return ask
 
 
 def _prefetch(builder, address, locality, write=0):

@@ -3,8 +3,9 @@
     BLOCK, BLOCK_BYTES         elements and bytes of a block in the file
     PANEL_BLOCK                bytes of one unpacked block of 32 columns of PANEL_ROWS rows
     row_group(row, g)          address of group g (W blocks of 32 columns) of the row at `row`
-    dot_group(acc, w, act, n_groups, g)
-                               acc + the products of the group at w with group g of an activation row, lane = block
+    dot_group(acc, w, act, n_groups, g, far)
+                               acc + the products of the group at w with group g of an activation row, lane = block;
+                               between its products it asks for what lies `far` bytes ahead (make_prefetches)
     RAW_SCALES                 bytes of the scales of one such block as they are in the file
     copy_scales(w, row_bytes, b, raw)
                                the scales of block b (32 columns) of PANEL_ROWS rows, side by side

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot_u7
+from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
     gather_pieces,
@@ -24,15 +27,26 @@ def _dot_pair(q, a):
     return dot_u7(dot_u7(splat_i32(0), low_nibbles(q), load_bytes(a)), high_nibbles(q), load_bytes(a + 4 * W))
 
 
-@device
-def sum_nibbles(qs, block_bytes, a):
-    """Lane b: the sum of nibble * activation over block b of a group; qs: the first block's nibbles."""
-    return sum_pieces_small(
-        _dot_pair(gather_pieces(qs, 4 * block_bytes), a),
-        _dot_pair(gather_pieces(qs + block_bytes, 4 * block_bytes), a + 8 * W),
-        _dot_pair(gather_pieces(qs + 2 * block_bytes, 4 * block_bytes), a + 16 * W),
-        _dot_pair(gather_pieces(qs + 3 * block_bytes, 4 * block_bytes), a + 24 * W),
-    )
+def make_sum_nibbles(block_bytes: int) -> Any:
+    """sum_nibbles(qs, a, far): lane b is the sum of nibble * activation over block b of a group.
+
+    qs: the first block's nibbles.
+    """
+    ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * block_bytes, 4)
+
+    @device
+    def sum_nibbles(qs, a, far):
+        ask_0(qs, far)
+        s0 = _dot_pair(gather_pieces(qs, 4 * block_bytes), a)
+        ask_1(qs, far)
+        s1 = _dot_pair(gather_pieces(qs + block_bytes, 4 * block_bytes), a + 8 * W)
+        ask_2(qs, far)
+        s2 = _dot_pair(gather_pieces(qs + 2 * block_bytes, 4 * block_bytes), a + 16 * W)
+        ask_3(qs, far)
+        s3 = _dot_pair(gather_pieces(qs + 3 * block_bytes, 4 * block_bytes), a + 24 * W)
+        return sum_pieces_small(s0, s1, s2, s3)
+
+    return sum_nibbles
 
 
 @device

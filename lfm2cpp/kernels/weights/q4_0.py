@@ -8,7 +8,7 @@ from lfm2cpp.kernels.simd import W, fma, load_f32, load_i32, make_gather_f16, to
 from lfm2cpp.kernels.widths import ACT_D, ACT_Z8
 
 from .columns import copy_f16, widen_f16
-from .nibbles import sum_nibbles, unpack_nibbles
+from .nibbles import make_sum_nibbles, unpack_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 18
 PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
@@ -16,6 +16,7 @@ RAW_SCALES = 4 * W  # bytes of them as in the file
 QS = 2  # offset of the nibbles in a block
 SCALES = 64 * W  # offset in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
+sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
 
 
 @device
@@ -24,9 +25,9 @@ def row_group(row, g):
 
 
 @device
-def dot_group(acc, w, act, n_groups, g):
+def dot_group(acc, w, act, n_groups, g, far):
     tables = act + g * (4 * W)
-    sums = sum_nibbles(w + QS, BLOCK_BYTES, act + g * (32 * W)) + load_i32(tables + n_groups * ACT_Z8)
+    sums = sum_nibbles(w + QS, act + g * (32 * W), far) + load_i32(tables + n_groups * ACT_Z8)
     scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 

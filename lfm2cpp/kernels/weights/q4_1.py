@@ -8,7 +8,7 @@ from lfm2cpp.kernels.simd import W, fma, load_f32, make_gather_f16, to_f32
 from lfm2cpp.kernels.widths import ACT_D, ACT_DS
 
 from .columns import copy_f16, widen_f16
-from .nibbles import sum_nibbles, unpack_nibbles
+from .nibbles import make_sum_nibbles, unpack_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 20
 PANEL_BLOCK = 64 * W + 16 * W  # 32 columns of 2 W rows, their scales, their minima
@@ -16,6 +16,7 @@ RAW_SCALES = 8 * W  # bytes of them as in the file
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
 SCALES, MINIMA = 64 * W, 72 * W  # offsets in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
+sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
 
 
 @device
@@ -24,10 +25,10 @@ def row_group(row, g):
 
 
 @device
-def dot_group(acc, w, act, n_groups, g):
+def dot_group(acc, w, act, n_groups, g, far):
     tables = act + g * (4 * W)
     scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
-    acc = fma(to_f32(sum_nibbles(w + QS, BLOCK_BYTES, act + g * (32 * W))), scale, acc)
+    acc = fma(to_f32(sum_nibbles(w + QS, act + g * (32 * W), far)), scale, acc)
     return fma(gather_scales(w + M), load_f32(tables + n_groups * ACT_DS), acc)
 
 

@@ -11,6 +11,7 @@ from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot_u7
 from lfm2cpp.kernels.dot_tile import HALF
 from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
+from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
     fma,
@@ -37,6 +38,7 @@ PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
 RAW_SCALES = 8 * W  # bytes of them as in the file
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 LOW_SCALES, HIGH_SCALES, PANEL_D = 64 * W, 72 * W, 80 * W  # offsets in a panel block
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4)
 
 
 @device
@@ -53,7 +55,7 @@ def _bits(ql, qh, quarter):
 
 
 @device
-def dot_group(acc, w, act, n_groups, g):
+def dot_group(acc, w, act, n_groups, g, far):
     half = (g * W // 4) % 2  # 1 only for W = 4, the second half of a block
     ql, qh, scales = w + 64 * half, w + QH + 32 * half, w + SCALES + 8 * half
     a = act + g * (32 * W)
@@ -64,18 +66,20 @@ def dot_group(acc, w, act, n_groups, g):
     l2 = gather_pieces_2(ql + 32, 64, BLOCK_BYTES)
     l3 = gather_pieces_2(ql + 48, 64, BLOCK_BYTES)
     zero = splat_i32(0)
-    low = sum_pieces_i16(  # 4 products of at most 63 * 127
-        dot_u7(zero, _bits(l0, h0, 0), load_bytes(a)),
-        dot_u7(zero, _bits(l2, h0, 1), load_bytes(a + 8 * W)),
-        dot_u7(zero, _bits(l0, h0, 2), load_bytes(a + 16 * W)),
-        dot_u7(zero, _bits(l2, h0, 3), load_bytes(a + 24 * W)),
-    )
-    high = sum_pieces_i16(
-        dot_u7(zero, _bits(l1, h1, 0), load_bytes(a + 4 * W)),
-        dot_u7(zero, _bits(l3, h1, 1), load_bytes(a + 12 * W)),
-        dot_u7(zero, _bits(l1, h1, 2), load_bytes(a + 20 * W)),
-        dot_u7(zero, _bits(l3, h1, 3), load_bytes(a + 28 * W)),
-    )
+    ask_0(w, far)
+    low0 = dot_u7(zero, _bits(l0, h0, 0), load_bytes(a))
+    low1 = dot_u7(zero, _bits(l2, h0, 1), load_bytes(a + 8 * W))
+    ask_1(w, far)
+    low2 = dot_u7(zero, _bits(l0, h0, 2), load_bytes(a + 16 * W))
+    low3 = dot_u7(zero, _bits(l2, h0, 3), load_bytes(a + 24 * W))
+    ask_2(w, far)
+    low = sum_pieces_i16(low0, low1, low2, low3)  # 4 products of at most 63 * 127 each
+    high0 = dot_u7(zero, _bits(l1, h1, 0), load_bytes(a + 4 * W))
+    high1 = dot_u7(zero, _bits(l3, h1, 1), load_bytes(a + 12 * W))
+    ask_3(w, far)
+    high2 = dot_u7(zero, _bits(l1, h1, 2), load_bytes(a + 20 * W))
+    high3 = dot_u7(zero, _bits(l3, h1, 3), load_bytes(a + 28 * W))
+    high = sum_pieces_i16(high0, high1, high2, high3)
     tables = act + g * (4 * W)
     low = low + load_i32(tables + n_groups * ACT_Z32_LOW)
     high = high + load_i32(tables + n_groups * ACT_Z32_HIGH)

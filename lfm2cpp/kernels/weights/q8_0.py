@@ -5,6 +5,7 @@ from __future__ import annotations
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot_i8, panel_i8
 from lfm2cpp.kernels.scalar import load_f16, load_i8, store_f32
+from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
     fma,
@@ -27,6 +28,7 @@ PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
 RAW_SCALES = 4 * W  # bytes of them as in the file
 QS = 2  # offset of the integers in a block
 SCALES = 64 * W  # offset in a panel block
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4)
 
 
 @device
@@ -42,11 +44,15 @@ def _dot_pair(w, a):
 
 
 @device
-def dot_group(acc, w, act, n_groups, g):
+def dot_group(acc, w, act, n_groups, g, far):
     a = act + g * (32 * W)
+    ask_0(w, far)
     s0 = _dot_pair(w + QS, a)
+    ask_1(w, far)
     s1 = _dot_pair(w + QS + BLOCK_BYTES, a + 8 * W)
+    ask_2(w, far)
     s2 = _dot_pair(w + QS + 2 * BLOCK_BYTES, a + 16 * W)
+    ask_3(w, far)
     s3 = _dot_pair(w + QS + 3 * BLOCK_BYTES, a + 24 * W)
     tables = act + g * (4 * W)
     sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z128)
