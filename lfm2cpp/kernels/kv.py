@@ -24,7 +24,6 @@ from .tile import make_tile
 from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
-Q8_COLUMN_BYTES = KV_COLUMN_BYTES["q8_0"]
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
@@ -141,10 +140,10 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
 
 @device
-def ask_for(blocks, nbytes):
-    """Ask for the next blocks at once: these are small."""
+def ask_for(blocks, first, nbytes):
+    """Ask for nbytes from `first` on of the next blocks."""
     soon, later = load_i64(blocks + 8), load_i64(blocks + 16)
-    for line in range(0, nbytes, LINE):
+    for line in range(first, first + nbytes, LINE):
         prefetch_near(soon + line)
         prefetch_far(later + line)
 
@@ -155,17 +154,19 @@ def _make_q8_scores(n_queries: int) -> Any:
 
     @device
     def scores(q, q_stride, n_embd_head, blocks, n_keys, out):
-        nbytes = Q8_COLUMN_BYTES * n_embd_head
         for key in range(0, n_keys, 2 * W):
             page, slot = divmod(key, PAGE_TOKENS)
-            k = load_i64(blocks + 8 * page)
-            if slot == 0:
-                ask_for(blocks + 8 * page, nbytes)
+            at = blocks + 8 * page
+            k = load_i64(at)
             scales = k + n_embd_head * PAGE_TOKENS + 2 * slot
             total = zero(0)
             for block in range(0, n_embd_head, QK):
                 f = zero(0)
+                if slot == 0:
+                    ask_for(at, n_embd_head * PAGE_TOKENS + 2 * PAGE_TOKENS * (block // QK), 2 * PAGE_TOKENS)
                 for i in range(block, block + QK):
+                    if slot == 0:
+                        ask_for(at, i * PAGE_TOKENS, PAGE_TOKENS)
                     f = step(f, k + slot + i * PAGE_TOKENS, q + 4 * i, q_stride)
                 total = add_scaled(total, f, scales + 2 * PAGE_TOKENS * (block // QK))
             put(out + 4 * key, 4 * CHUNK_TOKENS, total)
@@ -179,19 +180,21 @@ def _make_q8_weighted_sum(n_queries: int) -> Any:
 
     @device
     def weighted_sum(p, blocks, n_padded, n_keys, is_first, out, out_stride):
-        nbytes = Q8_COLUMN_BYTES * n_padded
         for column in range(0, n_padded, 2 * W):
             f = zero(0)
             if not is_first:
                 f = get(out + 4 * column, out_stride)
             for page in range(pages_of(n_keys)):
-                v = load_i64(blocks + 8 * page)
+                at = blocks + 8 * page
+                v = load_i64(at)
                 if column == 0:
-                    ask_for(blocks + 8 * page, nbytes)
+                    ask_for(at, n_padded * PAGE_TOKENS, PAGE_TOKENS * (n_padded // QK) * 2)
                 scales = v + n_padded * PAGE_TOKENS + 2 * (column // QK)
                 first = page * PAGE_TOKENS
                 for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                     slot = key - first
+                    if column == 0:
+                        ask_for(at, slot * n_padded, n_padded)
                     scale = load_f16(scales + 2 * slot * (n_padded // QK))
                     f = step(f, v + slot * n_padded + column, scale, p + 4 * key, 4 * CHUNK_TOKENS)
             put(out + 4 * column, out_stride, f)
