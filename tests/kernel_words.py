@@ -36,7 +36,7 @@ gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
 
 FACTORS = (1.0, 0.5, 0.75, 0.25)
 least_sum = simd.make_least_sum(FACTORS)
-ask_for_lines = simd.make_prefetch_lines([0, 64], 128)
+ask_near, ask_far = simd.make_prefetch_lines([0, 64], True), simd.make_prefetch_lines([128], False)
 
 
 @kernel
@@ -121,7 +121,8 @@ def byte_words(x, far, out):
     simd.prefetch_near(far + 1000000)  # wherever that is
     simd.prefetch_far(far + 1000000)
     simd.prefetch_write(far + 1000000)
-    ask_for_lines(far, 1000000)
+    ask_near(far + 1000000)
+    ask_far(far + 1000000)
 
 
 @kernel

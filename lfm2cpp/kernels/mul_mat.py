@@ -24,7 +24,17 @@ from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, next_unit, rows_of_unit, take_rows
-from .simd import W, load_f32, prefetch_far, prefetch_near, prefetch_write, splat_f32, store_f32, transpose_square
+from .simd import (
+    W,
+    load_f32,
+    make_prefetch_lines,
+    prefetch_far,
+    prefetch_near,
+    prefetch_write,
+    splat_f32,
+    store_f32,
+    transpose_square,
+)
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import LINE, TILE_TOKENS
 
@@ -108,11 +118,16 @@ def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
     """Some chains of a panel by the first n_tokens tokens of each tile, for a block type."""
     tile, panel_block = make_dot_tile(n_tokens), weights.PANEL_BLOCK
     zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
+    ask_for_block = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK, LINE), False)
 
     @device
     def run_chains(panel, first, last, n_blocks, n_groups, act, n_tiles, totals):
-        """totals += the products of chains first .. last - 1, unpacked at panel, with n_tiles tiles of tokens"""
+        """totals += the products of chains first .. last - 1, unpacked at panel, with n_tiles tiles of tokens
+
+        Meanwhile it asks for the same blocks of the tile that follows, which may no longer be near.
+        """
         keep_apart()
+        ahead = tile_stride(n_groups)
         for _ in range(n_tiles):
             block = panel
             for c in range(first, last):
@@ -120,6 +135,7 @@ def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
                 a = act + c * n_groups * (TILE_TOKENS * BLOCK)
                 tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
                 for _ in range(c, n_blocks, W):
+                    ask_for_block(a + ahead)
                     f = finish(f, block, a, tables, TILE_TOKENS * n_groups)
                     block += panel_block
                     a += TILE_TOKENS * BLOCK

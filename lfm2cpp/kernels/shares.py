@@ -67,4 +67,15 @@ def make_prefetches(nbytes: int, parts: int) -> list[Any]:
     way.
     """
     lines = range(0, nbytes, LINE)
-    return [make_prefetch_lines([n for n in lines if n * parts // nbytes == part], NEAR) for part in range(parts)]
+    return [_make_prefetch([n for n in lines if n * parts // nbytes == part]) for part in range(parts)]
+
+
+def _make_prefetch(lines: list[int]) -> Any:
+    ask_near, ask_far = make_prefetch_lines([NEAR + n for n in lines], True), make_prefetch_lines(lines, False)
+
+    @device
+    def ask(address, far):
+        ask_near(address)
+        ask_far(address + far)
+
+    return ask

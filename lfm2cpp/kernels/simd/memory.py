@@ -113,15 +113,14 @@ def prefetch_write(builder, address):
 
 
 def make_prefetch_lines(lines, near):
-    """ask(address, far): for each offset in `lines`, the cache line `near` bytes behind it will be needed soon, the one
-    `far` bytes behind it later. No loop, which LLVM might leave as one."""
+    """ask(address): the cache lines at these offsets, as prefetch_near asks or as prefetch_far. No loop, which LLVM
+    might leave as one."""
 
-    @vector_op(types.void, int64, int64)
-    def ask(builder, address, far):
-        later = builder.add(address, far)
+    @vector_op(types.void, int64)
+    def ask(builder, address):
         for line in lines:
-            _prefetch(builder, builder.add(address, ir.Constant(I64, near + line)), NEXT_TO_CORE)
-            _prefetch(builder, builder.add(later, ir.Constant(I64, line)), SECOND_LEVEL)
+            where = builder.add(address, ir.Constant(I64, line))
+            _prefetch(builder, where, NEXT_TO_CORE if near else SECOND_LEVEL)
 
     return ask
 
