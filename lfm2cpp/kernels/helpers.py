@@ -74,17 +74,20 @@ def compile_in_helpers(names: list[str], begins: Callable[[str], None]) -> Itera
     todo = deque(sorted(names, key=_slowness))
     done: SimpleQueue[tuple[str, Compiled] | None] = SimpleQueue()
 
+    def take() -> str | None:
+        with suppress(IndexError):
+            return todo.popleft()
+        return None
+
     def work(helper: Helper) -> None:
         """Kernel after kernel, until none is left or the helper fails; then None."""
         try:
-            with suppress(IndexError):
-                while True:
-                    name = todo.popleft()
-                    begins(name)
-                    compiled = helper.compile(name)
-                    if compiled is None:
-                        return
-                    done.put((name, compiled))
+            while (name := take()) is not None:
+                begins(name)
+                compiled = helper.compile(name)
+                if compiled is None:
+                    return
+                done.put((name, compiled))
         finally:
             done.put(None)
 
