@@ -129,16 +129,21 @@ def find_scale(x, act, n_groups, t, b, one_token):
 
 @device
 def first_entry(act, n_groups, t, b, one_token):
-    """Where block b of token t would lie in a table at the row's start, and what a table's offset is to be times by."""
+    """Where the entry of block b of token t would be if its table stood first, and the factor of a table's offset."""
     if one_token:
         return act + 4 * b, n_groups
-    tile = first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
-    return tile + 4 * place_in_tile(n_groups, t, b), n_groups * TILE_TOKENS
+    return tile_of(act, n_groups, t) + 4 * place_in_tile(n_groups, t, b), n_groups * TILE_TOKENS
+
+
+@device
+def tile_of(act, n_groups, t):
+    """Prefill layout: the tile of token t."""
+    return first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
 
 
 @device
 def place_in_tile(n_groups, t, b):
-    """Entries before that of block b of token t in a table of its tile."""
+    """Prefill layout: how many blocks, or entries of a table, come before block b of token t in its tile."""
     return chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
 
 
@@ -152,9 +157,9 @@ def write_block(x, act, n_groups, t, b, one_token):
         gap = 0
     else:
         place = place_in_tile(n_groups, t, b)
-        low_qs, gap = entry + (32 - 4) * place, 0
+        low_qs, gap = tile_of(act, n_groups, t) + QK * place, 0
         if PAIRS:
-            low_qs, gap = low_qs - place % 2 * (32 - 8), 8
+            low_qs, gap = low_qs - place % 2 * (QK - 8), 8
         high_qs = low_qs + HALF
     d, inverse = load_scalar(entry + table * ACT_D), splat_f32(load_scalar(entry + table * ACT_DS))
     low_sum = splat_i32(0)
@@ -174,8 +179,9 @@ def write_block(x, act, n_groups, t, b, one_token):
 def ask_for_block(act, n_groups, t, b):
     """Ask for what find_scale and write_block will write of a whole tile of tokens, from t on."""
     entry, table = first_entry(act, n_groups, t, b, False)
+    blocks = tile_of(act, n_groups, t) + QK * place_in_tile(n_groups, t, b)
     for line in range(0, QK * TILE_TOKENS, LINE):
-        prefetch_write(entry + (QK - 4) * place_in_tile(n_groups, t, b) + line)
+        prefetch_write(blocks + line)
     for offset in range(ACT_D, ACT_GROUP, ACT_DS - ACT_D):
         prefetch_write(entry + table * offset)
 

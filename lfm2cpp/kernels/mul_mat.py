@@ -28,7 +28,6 @@ from .simd import (
     W,
     load_f32,
     make_prefetch_lines,
-    prefetch_far,
     prefetch_near,
     prefetch_write,
     splat_f32,
@@ -164,6 +163,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
     copy_scales, unpack_block = weights.copy_scales, weights.unpack_block
     raw_bytes, panel_block = weights.RAW_SCALES, weights.PANEL_BLOCK
     file_bytes = 2 * W * weights.BLOCK_BYTES // (weights.BLOCK // 32)  # of 32 columns of a panel
+    ask_for_block = make_prefetch_lines(range(0, file_bytes, LINE), False)
     wide, small = make_run_chains(weights, TILE_TOKENS), make_run_chains(weights, SMALL_TILE)
 
     @device
@@ -179,8 +179,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         keep_apart()
         for c in range(first, last):
             for b in range(c, n_blocks, W):
-                for i in range(0, file_bytes, 64):
-                    prefetch_far(coming + b * file_bytes + i)
+                ask_for_block(coming + b * file_bytes)
                 unpack_block(w, row_bytes, b, raw + b * raw_bytes, panel)
                 panel += panel_block
 
