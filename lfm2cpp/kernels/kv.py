@@ -19,7 +19,7 @@ import numpy as np
 
 from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
-from .simd import W, prefetch_far, prefetch_near
+from .simd import W, prefetch_far, prefetch_near, prefetch_write
 from .tile import make_tile
 from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
@@ -132,6 +132,8 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
     @device
     def store_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
+        for i in range(n_embd_head):
+            prefetch_write(k_out + size * (i * PAGE_TOKENS + slot))  # each in a line of its own
         for i in range(n_embd_head):
             store(k_out + size * (i * PAGE_TOKENS + slot), load_f32(k + 4 * i))
             store(v_out + size * (slot * n_padded + i), load_f32(v + 4 * i))
