@@ -67,10 +67,13 @@ def conv_channels(bcx, n, weight, d_conv, state, t, first, last, bx, conv, out):
 @device
 def save_columns(bcx, n, state, d_conv, t, first, last, destination):
     """The last d_conv columns up to and including token t. In place when destination is the state: oldest first."""
+    whole = first + (last - first) // W * W
     for k in range(d_conv):
-        for i in range(first, last):
-            value = column(bcx, n, state, d_conv, t - d_conv + 1 + k, i)
-            store_scalar(destination + 4 * (k * n + i), value)
+        row, token = destination + 4 * k * n, t - d_conv + 1 + k
+        for i in range(first, whole, W):
+            store_f32(row + 4 * i, columns(bcx, n, state, d_conv, token, i))
+        for i in range(whole, last):
+            store_scalar(row + 4 * i, column(bcx, n, state, d_conv, token, i))
 
 
 @kernel
