@@ -51,6 +51,26 @@ def test_any_chunks_equal_one_prompt(engine: Engine, expected: np.ndarray, chunk
         assert_same_bits(run(engine, sequence, IDS, chunks), expected)
 
 
+def test_results_that_are_kept_stay_as_they_are(engine: Engine, expected: np.ndarray) -> None:
+    """Memory of results is used again, but not while somebody holds a result, a row of it, or a view of a row."""
+    with engine.sequence() as one, engine.sequence() as two:
+        kept = []
+        for i in range(12):
+            first, second = engine.evaluate([(one, IDS[i : i + 1]), (two, IDS[i : i + 1])])
+            kept.append(second[0, 1:] if i % 2 else first)
+            del first, second
+        for i, rows in enumerate(kept):
+            assert_same_bits(np.atleast_2d(rows), expected[i : i + 1, i % 2 :])
+        alone = [engine.evaluate([(one, [token])])[0][0] for token in IDS[12:24]]
+        assert_same_bits(np.stack(alone), expected[12:24])
+
+
+def test_a_result_that_was_dropped_is_used_again(engine: Engine) -> None:
+    with engine.sequence() as sequence:
+        places = {engine.evaluate([(sequence, [token])])[0].ctypes.data for token in IDS[:12]}
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("n_threads", [2, 3])
 def test_threads_change_nothing(folder: Path, shape: str, engine: Engine, expected: np.ndarray, n_threads: int) -> None:
     with open_engine(folder, shape, n_threads=n_threads) as other, other.sequence() as sequence:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from functools import cached_property
@@ -27,9 +28,9 @@ from lfm2cpp.threads import default_threads
 from .batching import SLICE_BYTES, SLICE_MACS, Entry, Part, check_batch, slices, split_steps, step_tokens
 from .limits import MAX_BATCH, MAX_THREADS, check_memory, checked, context_size, max_pages
 from .load import RopeTable, load_weights
-from .memory import KV_TYPES, PageLayout, PagePool, n_pages
+from .memory import KV_TYPES, LogitsPool, PageLayout, PagePool, n_pages
 from .model import record_lfm2
-from .plan import SPLIT_TOKENS, Plan
+from .plan import SPLIT_TOKENS, CompiledPlan, Plan
 from .sequence import Sequence
 from .team import Team
 
@@ -80,9 +81,10 @@ class Engine:
         self.rope = RopeTable(hp, self.n_ctx)
         self.weights, self._tables = load_weights(self.gguf, self.facts, self.layout, self.rope)
         self.plan = Plan(self.n_batch, self.n_threads, self.n_ctx, trace)
-        self._logits_view = self.plan.view(record_lfm2(self.plan, self.weights, hp))
+        record_lfm2(self.plan, self.weights, hp)
+        self._logits = LogitsPool(hp.n_vocab)
         compiled = self.plan.finish(progress)
-        self._describe_buffers()
+        self._describe_buffers(compiled)
         self.trace: dict[str, np.ndarray] = {}
         self._stop_asked = False
         self.lock = threading.RLock()
@@ -91,14 +93,15 @@ class Engine:
         # Runs on close, when the engine is dropped, and before the interpreter ends.
         self._end = weakref.finalize(self, _end, self.lock, self.team, self.gguf, self._pid)
 
-    def _describe_buffers(self) -> None:
+    def _describe_buffers(self, compiled: CompiledPlan) -> None:
         """Where a step's tokens go, and how many of them make a step short enough to be run in one go."""
         n, batch, ops = self.n_batch, self.plan.batch, self.plan.ops
-        self._tokens, self._positions, self._run_of = (np.zeros(n, np.int32) for _ in range(3))
-        self._runs = np.zeros((n, at.RUN_FIELDS), np.int64)
-        self._out_rows = self.plan.int32_view(int(batch[at.OUT_ROWS]))
-        batch[at.TOKENS], batch[at.POSITIONS] = self._tokens.ctypes.data, self._positions.ctypes.data
-        batch[at.RUN_OF], batch[at.RUNS] = self._run_of.ctypes.data, self._runs.ctypes.data
+        buffers = [np.zeros(n, np.int32) for _ in range(3)] + [np.zeros(n * at.RUN_FIELDS, np.int64)]
+        for number, buffer in zip((at.TOKENS, at.POSITIONS, at.RUN_OF, at.RUNS), buffers, strict=True):
+            batch[number] = buffer.ctypes.data
+        self._tokens, self._positions, self._run_of, self._runs = map(memoryview, buffers)
+        self._out_rows = memoryview(self.plan.int32_view(int(batch[at.OUT_ROWS])))
+        self._batch, self._out = memoryview(batch), memoryview(compiled.out)
         of_all_rows = [op for op in ops if op.args.get("count") != self.plan.out_rows]
         few, many = (step_tokens(some, n, self.n_threads) for some in (of_all_rows, ops))
         self._step_tokens = {"last": few, "none": few, "all": many}
@@ -179,8 +182,9 @@ class Engine:
 
     def _step(self, parts: list[Part], stop: threading.Event | None) -> None:
         """One replay: fill in the descriptor, run, take the logits."""
-        n_tokens = sum(len(part.ids) for part in parts)
-        self._describe(parts, n_tokens)
+        n_tokens, n_out = sum(len(part.ids) for part in parts), sum(part.n_wanted for part in parts)
+        self._describe(parts, n_tokens, n_out)
+        logits, self._out[0] = self._logits.take(n_out)
         self._check_stop(stop)
         for part in parts:
             part.state.settled = False
@@ -194,37 +198,37 @@ class Engine:
         for part in parts:
             part.state.advance(part.ids)
             if part.n_wanted:
-                part.entry.rows.append(self._logits_view[row : row + part.n_wanted].copy())
+                part.entry.rows.append(logits if len(parts) == 1 else logits[row : row + part.n_wanted])
                 row += part.n_wanted
         if self.plan.trace:
             self.trace = {name: self.plan.view(rows)[:n_tokens].copy() for name, rows in self.plan.named.items()}
             self.trace["result_norm"] = self.trace["result_norm"][:row]
-            self.trace["result_output"] = self.trace["result_output"][:row]
+            self.trace["result_output"] = logits.copy()
 
-    def _describe(self, parts: list[Part], n_tokens: int) -> None:
-        """Write the batch descriptor."""
-        row = n_out = deepest = 0
+    def _describe(self, parts: list[Part], n_tokens: int, n_out: int) -> None:
+        """Write the batch descriptor. Through memoryviews: between two tokens nothing of NumPy is in a cache."""
+        row = wanted = deepest = 0
         for i, part in enumerate(parts):
-            state, n = part.state, len(part.ids)
-            self._tokens[row : row + n] = part.ids
-            self._positions[row : row + n] = np.arange(state.n_past, state.n_past + n)
-            self._run_of[row : row + n] = i
-            self._runs[i, : at.RUN_CONV + 1] = row, n, state.n_past, state.addresses_at, state.conv_address
-            self._out_rows[n_out : n_out + part.n_wanted] = np.arange(row + n - part.n_wanted, row + n)
-            n_out += part.n_wanted
-            row += n
+            state, n, end = part.state, len(part.ids), row + len(part.ids)
+            self._tokens[row:end] = array("i", part.ids)
+            self._positions[row:end] = array("i", range(state.n_past, state.n_past + n))
+            self._run_of[row:end] = array("i", [i]) * n
+            self._out_rows[wanted : wanted + part.n_wanted] = array("i", range(end - part.n_wanted, end))
+            record = (row, n, state.n_past, state.addresses_at, state.conv_address)
+            for where, value in enumerate(record, at.RUN_FIELDS * i):
+                self._runs[where] = value
+            row, wanted = end, wanted + part.n_wanted
             deepest = max(deepest, state.n_past + n)
         self.rope.grow(deepest)
-        batch = self.plan.batch
+        batch = self._batch
         batch[at.N_TOKENS], batch[at.N_OUT], batch[at.N_RUNS] = n_tokens, n_out, len(parts)
         batch[at.SPLIT_CHUNKS] = -(-deepest // CHUNK_TOKENS) if n_tokens <= SPLIT_TOKENS else 0
-        self.team.plan.counters[:] = 0
 
     # Ending
 
     @property
     def closed(self) -> bool:
-        return not self._end.alive
+        return self.team.closed
 
     @property
     def is_elsewhere(self) -> bool:

@@ -8,6 +8,7 @@ last page. Pages are counted references; full ones are kept for later prompts an
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,6 +86,35 @@ def zeroed(nbytes: int) -> np.ndarray:
     """Zeroed bytes at an address that is a multiple of ALIGNMENT; the system commits them when they are touched."""
     area = np.zeros(nbytes + ALIGNMENT, np.uint8)
     return area[-area.ctypes.data % ALIGNMENT :][:nbytes]
+
+
+class LogitsPool:
+    """float32 arrays (n_rows, n_vocab) for results. One that its user has dropped is handed out again.
+
+    New memory would cost a page fault every 4 KiB, with every token.
+    """
+
+    MOST_ROWS, MOST_ARRAYS = 16, 4  # that are kept
+
+    def __init__(self, n_vocab: int) -> None:
+        self._n_vocab = n_vocab
+        self._kept = [(np.empty((0, n_vocab), np.float32), 0)]
+        self._unused = self._references()[0]  # differs from one Python to the next
+
+    def _references(self) -> list[int]:
+        """How many there are to each array that is kept. A view holds the array it is a view of."""
+        return [sys.getrefcount(array) for array, _ in self._kept]
+
+    def take(self, n_rows: int) -> tuple[np.ndarray, int]:
+        """An array that nobody else has, and its address. Its contents are undefined."""
+        for (array, address), references in zip(self._kept, self._references(), strict=True):
+            if references == self._unused and len(array) == n_rows:
+                return array, address
+        array = np.empty((n_rows, self._n_vocab), np.float32)
+        address = array.ctypes.data
+        if n_rows <= self.MOST_ROWS:
+            self._kept = [(array, address), *self._kept[: self.MOST_ARRAYS - 1]]
+        return array, address
 
 
 class PagePool:

@@ -72,7 +72,7 @@ class CompiledPlan:
 
     ops: list[Op]
     ops_address: int
-    counters: np.ndarray
+    out: np.ndarray  # (1,) int64: the address that the last op writes its rows to
     keep_alive: list[object] = field(repr=False)
 
 
@@ -316,7 +316,8 @@ class Plan:
             keep.append(row)
             table[i, OP_KERNEL], table[i, OP_ARGS] = kernel.address, row.ctypes.data
             table[i, OP_WORK], table[i, OP_SYNC] = counters[i].ctypes.data, int(op.sync)
-        return CompiledPlan(self.ops, table.ctypes.data, counters, keep)
+        out_at = kernel.params.index("out")
+        return CompiledPlan(self.ops, table.ctypes.data, row[out_at : out_at + 1], keep)
 
 
 def kernel_type(w: Weight) -> str:

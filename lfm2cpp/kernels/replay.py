@@ -107,9 +107,18 @@ def announce(team, nth):
             call_address(load_i64(team + 8 * RELEASE_LOCK), load_i64(worker + 8 * LOCK), 0)
 
 
+@device
+def reset_work(team):
+    """No op of the slice has given out work yet."""
+    ops = load_i64(team + 8 * OPS)
+    for i in range(load_i64(team + 8 * FIRST_OP), load_i64(team + 8 * LAST_OP)):
+        store_i64(load_i64(ops + 8 * (OP_FIELDS * i + OP_WORK)), 0)
+
+
 @kernel
 def lead(team, nth):
     """The calling thread's part of a slice, from its announcement on."""
+    reset_work(team)
     announce(team, nth)
     replay_slice(team, 0, nth)
 
