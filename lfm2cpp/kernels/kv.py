@@ -48,6 +48,22 @@ class KVType:
     store_head: Any  # (k, v, k_out, v_out, slot, n_embd_head, n_padded): one token, one head
 
 
+@device
+def ask_for(soon, later, first, nbytes, near):
+    """Ask for nbytes from `first` on of the block that comes after the next one and, with `near`, of the next one."""
+    for line in range(first, first + nbytes, LINE):
+        if near:
+            prefetch_near(soon + line)
+        prefetch_far(later + line)
+
+
+@device
+def ask_to_write(first, step, count):
+    """Ask for what will be written, each in a line of its own."""
+    for i in range(count):
+        prefetch_write(first + step * i)
+
+
 def _float_type(name: str, size: int, store: Any) -> KVType:
     def make_scores(n_queries: int) -> Any:
         tile = make_tile(n_queries, name)
@@ -68,10 +84,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                 f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
-                    for line in range(0, size * span, LINE):
-                        if two:
-                            prefetch_near(soon + row + line)
-                        prefetch_far(later + row + line)
+                    ask_for(soon, later, row, size * span, two)
                     f = step(f, k + row, x, q_stride)
                     if two:
                         g = step(g, k + row + size * 2 * W, x, q_stride)
@@ -102,10 +115,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
-                        for line in range(0, nbytes, LINE):
-                            if two:
-                                prefetch_near(soon + row + line)
-                            prefetch_far(later + row + line)
+                        ask_for(soon, later, row, nbytes, two)
                         f = step(f, v + row, x, 4 * CHUNK_TOKENS)
                         if two:
                             g = step(g, v + row + size * 2 * W, x, 4 * CHUNK_TOKENS)
@@ -132,22 +142,12 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
     @device
     def store_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
-        for i in range(n_embd_head):
-            prefetch_write(k_out + size * (i * PAGE_TOKENS + slot))  # each in a line of its own
+        ask_to_write(k_out + size * slot, size * PAGE_TOKENS, n_embd_head)
         for i in range(n_embd_head):
             store(k_out + size * (i * PAGE_TOKENS + slot), load_f32(k + 4 * i))
             store(v_out + size * (slot * n_padded + i), load_f32(v + 4 * i))
 
     return KVType(KV_COLUMN_BYTES[name], make_scores, make_weighted_sum, store_head)
-
-
-@device
-def ask_for(blocks, first, nbytes):
-    """Ask for nbytes from `first` on of the next blocks."""
-    soon, later = load_i64(blocks + 8), load_i64(blocks + 16)
-    for line in range(first, first + nbytes, LINE):
-        prefetch_near(soon + line)
-        prefetch_far(later + line)
 
 
 def _make_q8_scores(n_queries: int) -> Any:
@@ -159,16 +159,17 @@ def _make_q8_scores(n_queries: int) -> Any:
         for key in range(0, n_keys, 2 * W):
             page, slot = divmod(key, PAGE_TOKENS)
             at = blocks + 8 * page
-            k = load_i64(at)
+            k, soon, later = load_i64(at), load_i64(at + 8), load_i64(at + 16)
             scales = k + n_embd_head * PAGE_TOKENS + 2 * slot
             total = zero(0)
             for block in range(0, n_embd_head, QK):
                 f = zero(0)
                 if slot == 0:
-                    ask_for(at, n_embd_head * PAGE_TOKENS + 2 * PAGE_TOKENS * (block // QK), 2 * PAGE_TOKENS)
+                    offset = n_embd_head * PAGE_TOKENS + 2 * PAGE_TOKENS * (block // QK)
+                    ask_for(soon, later, offset, 2 * PAGE_TOKENS, True)
                 for i in range(block, block + QK):
                     if slot == 0:
-                        ask_for(at, i * PAGE_TOKENS, PAGE_TOKENS)
+                        ask_for(soon, later, i * PAGE_TOKENS, PAGE_TOKENS, True)
                     f = step(f, k + slot + i * PAGE_TOKENS, q + 4 * i, q_stride)
                 total = add_scaled(total, f, scales + 2 * PAGE_TOKENS * (block // QK))
             put(out + 4 * key, 4 * CHUNK_TOKENS, total)
@@ -188,15 +189,15 @@ def _make_q8_weighted_sum(n_queries: int) -> Any:
                 f = get(out + 4 * column, out_stride)
             for page in range(pages_of(n_keys)):
                 at = blocks + 8 * page
-                v = load_i64(at)
+                v, soon, later = load_i64(at), load_i64(at + 8), load_i64(at + 16)
                 if column == 0:
-                    ask_for(at, n_padded * PAGE_TOKENS, PAGE_TOKENS * (n_padded // QK) * 2)
+                    ask_for(soon, later, n_padded * PAGE_TOKENS, PAGE_TOKENS * (n_padded // QK) * 2, True)
                 scales = v + n_padded * PAGE_TOKENS + 2 * (column // QK)
                 first = page * PAGE_TOKENS
                 for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                     slot = key - first
                     if column == 0:
-                        ask_for(at, slot * n_padded, n_padded)
+                        ask_for(soon, later, slot * n_padded, n_padded, True)
                     scale = load_f16(scales + 2 * slot * (n_padded // QK))
                     f = step(f, v + slot * n_padded + column, scale, p + 4 * key, 4 * CHUNK_TOKENS)
             put(out + 4 * column, out_stride, f)
@@ -220,6 +221,7 @@ def _store_block(x, out, step, scale_out):
 
 @device
 def _store_q8_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
+    ask_to_write(k_out + slot, PAGE_TOKENS, n_embd_head)
     for i in range(0, n_embd_head, QK):
         k_scales = k_out + n_embd_head * PAGE_TOKENS + 2 * (i // QK * PAGE_TOKENS + slot)
         _store_block(k + 4 * i, k_out + i * PAGE_TOKENS + slot, PAGE_TOKENS, k_scales)

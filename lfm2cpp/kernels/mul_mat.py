@@ -35,9 +35,8 @@ from .simd import (
     transpose_square,
 )
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import LINE, TILE_TOKENS
+from .widths import LINE, SMALL_TILE_TOKENS, TILE_TOKENS
 
-SMALL_TILE = 2
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
 SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
 
@@ -164,7 +163,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
     raw_bytes, panel_block = weights.RAW_SCALES, weights.PANEL_BLOCK
     file_bytes = 2 * W * weights.BLOCK_BYTES // (weights.BLOCK // 32)  # of 32 columns of a panel
     ask_for_block = make_prefetch_lines(range(0, file_bytes, LINE), False)
-    wide, small = make_run_chains(weights, TILE_TOKENS), make_run_chains(weights, SMALL_TILE)
+    wide, small = make_run_chains(weights, TILE_TOKENS), make_run_chains(weights, SMALL_TILE_TOKENS)
 
     @device
     def prepare(w, row_bytes, n_rows, n_blocks, raw):
@@ -196,7 +195,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             store_f32(totals + i, splat_f32(0.0))
         n_blocks, n_groups = n // 32, n_groups_of(n)
         zero, one = np.int64(0), np.int64(1)  # for a literal Numba would compile the callee once more
-        if count > SMALL_TILE:
+        if count > SMALL_TILE_TOKENS:
             wide(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
         else:
             small(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
@@ -207,7 +206,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         raw = panel + n_groups * panel_block
         w = prepare(w, row_bytes, n_rows, n_blocks, raw)
         n_tiles, left = divmod(n_tokens, TILE_TOKENS)
-        if left > SMALL_TILE:
+        if left > SMALL_TILE_TOKENS:
             n_tiles, left = n_tiles + 1, 0
         last_tile, last_totals = act + n_tiles * tile_stride(n_groups), totals + n_tiles * TILE_TOKENS * SUMS
         for i in range(0, totals_nbytes(n_tokens), 4 * W):

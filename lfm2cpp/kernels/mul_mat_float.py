@@ -20,10 +20,9 @@ from .shares import FAR, distance, make_prefetches, next_unit, rows_of_unit, tak
 from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
 from .tile import make_tile
 from .weights import floats
-from .widths import TILE_TOKENS
+from .widths import SMALL_TILE_TOKENS, TILE_TOKENS
 
 RUN = 2 * W  # columns that advance both chains of every lane by one
-SMALL_TILE = 2
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
 ENTRY = 4  # bytes of an activation
 STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
@@ -176,7 +175,7 @@ def make_run_tile(n_tokens: int) -> Any:
 
 def make_prefill(weights: floats.FloatWeights) -> Any:
     unpack_panel, size = make_unpack(weights), weights.size
-    wide, small = make_run_tile(TILE_TOKENS), make_run_tile(SMALL_TILE)
+    wide, small = make_run_tile(TILE_TOKENS), make_run_tile(SMALL_TILE_TOKENS)
 
     @device
     def store_tile(totals, out, add, ld, t, count, row):
@@ -196,7 +195,7 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
         unpack_panel(w + row * n * size, n, panel, square)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
-            if count <= SMALL_TILE:
+            if count <= SMALL_TILE_TOKENS:
                 small(panel, chained, n, totals)
             else:
                 wide(panel, chained, n, totals)

@@ -10,6 +10,7 @@ REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 # Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
 TILE_TOKENS = 6 if REGISTERS == 32 else 3
+SMALL_TILE_TOKENS = 2  # of the tile for what is left over
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).
