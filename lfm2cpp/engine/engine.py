@@ -208,12 +208,13 @@ class Engine:
     def _describe(self, parts: list[Part], n_tokens: int, n_out: int) -> None:
         """Write the batch descriptor. Through memoryviews: between two tokens nothing of NumPy is in a cache."""
         row = wanted = deepest = 0
+        int32 = self._tokens.format  # "i", or "l" where that is what NumPy calls it
         for i, part in enumerate(parts):
             state, n, end = part.state, len(part.ids), row + len(part.ids)
-            self._tokens[row:end] = array("i", part.ids)
-            self._positions[row:end] = array("i", range(state.n_past, state.n_past + n))
-            self._run_of[row:end] = array("i", [i]) * n
-            self._out_rows[wanted : wanted + part.n_wanted] = array("i", range(end - part.n_wanted, end))
+            self._tokens[row:end] = array(int32, part.ids)
+            self._positions[row:end] = array(int32, range(state.n_past, state.n_past + n))
+            self._run_of[row:end] = array(int32, [i]) * n
+            self._out_rows[wanted : wanted + part.n_wanted] = array(int32, range(end - part.n_wanted, end))
             record = (row, n, state.n_past, state.addresses_at, state.conv_address)
             for where, value in enumerate(record, at.RUN_FIELDS * i):
                 self._runs[where] = value

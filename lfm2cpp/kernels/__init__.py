@@ -6,7 +6,8 @@
     simd/         the vocabulary: vectors as values, the same words at every level
     scalar.py     loads, stores and atomics on addresses
     weights/      one file a weight type: row -> float32, block dot products, panel unpacking
-    ops           mul_mat.py, norm.py, attention.py, ...: one op each, reading as its algorithm
+    ops           mul_mat.py, attention.py, shortconv.py, ...: one op each, reading as its algorithm; ops.py the small
+                  ones
 
 Kernels check nothing: whoever records a plan has validated every address and size.
 """

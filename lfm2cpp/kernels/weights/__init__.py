@@ -15,5 +15,6 @@
                                operations as dot_group's
     dequantize_block(w, out)   BLOCK float32
 
-and a scalar type only load(address) -> W float32 and SIZE. mul_mat.py and get_rows.py do the rest.
+and a scalar type (floats.py) only load(address) -> W float32 and the size of an element. mul_mat.py, mul_mat_float.py,
+swiglu.py and get_rows.py do the rest.
 """
