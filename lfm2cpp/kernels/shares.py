@@ -19,7 +19,7 @@ SHARES_A_THREAD = 2
 # on their way.
 NEAR, FAR = 1536, 16384
 # A unit of rows asks for the unit that follows, if it has about this many bytes; any other asks FAR ahead in the file.
-LEAST, MOST = 8192, 65536
+LEAST, MOST = 8192, 98304
 
 
 @device
