@@ -14,6 +14,7 @@ from typing import Any
 
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.engine.plan import Op
+from lfm2cpp.engine.sequence import Sequence
 from lfm2cpp.kernels.library import Progress
 from lfm2cpp.kernels.widths import PAGE_TOKENS
 
@@ -110,23 +111,31 @@ class Profile:
 def run_profiles(
     setup: Setup, tests: list[Test], repetitions: int, *, progress: Progress | None = None
 ) -> Iterator[Profile]:
-    """Profile every pp and tg test; the limits are measured right before, with as many threads."""
+    """Profile every pp and tg test; then measure the limits, with as many threads.
+
+    In this order because the limits need a gigabyte: while the system takes it back, a step now and then takes long.
+    """
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     with open_engine(setup, n_ctx, progress) as engine:
         model, base = ModelInfo.of(engine), Base(engine)
+        steps = [_run_test(engine, base.at(test.n_depth), test, repetitions) for test in tests]
         limits = measure_limits([setup.n_threads], progress)[0]
         weights_read = _weights_read_rate(engine, setup.n_threads)
-        for test in tests:
-            runner = Runner(engine, base.at(test.n_depth))
-            runner.run(test.n_prompt, min(test.n_gen, 1))
-            n_steps = repetitions * (1 if test.n_prompt else test.n_gen)
-            engine.team.profile(True)
-            began = time.perf_counter_ns()
-            inside = sum(runner.run(test.n_prompt, test.n_gen) for _ in range(repetitions))
-            assert inside <= time.perf_counter_ns() - began
-            times = engine.team.profile(False)
-            kinds = _kinds(engine, times.tolist(), test, n_steps)
-            yield Profile(setup, test, model, limits, weights_read, n_steps, inside / n_steps, kinds)
+        for test, (n_steps, step_ns, kinds) in zip(tests, steps, strict=True):
+            yield Profile(setup, test, model, limits, weights_read, n_steps, step_ns, kinds)
+
+
+def _run_test(engine: Engine, base: Sequence, test: Test, repetitions: int) -> tuple[int, float, list[Kind]]:
+    """How many steps, nanoseconds a step, and where they went."""
+    runner = Runner(engine, base)
+    runner.run(test.n_prompt, min(test.n_gen, 1))
+    n_steps = repetitions * (1 if test.n_prompt else test.n_gen)
+    engine.team.profile(True)
+    began = time.perf_counter_ns()
+    inside = sum(runner.run(test.n_prompt, test.n_gen) for _ in range(repetitions))
+    assert inside <= time.perf_counter_ns() - began
+    times = engine.team.profile(False)
+    return n_steps, inside / n_steps, _kinds(engine, times.tolist(), test, n_steps)
 
 
 def _weights_read_rate(engine: Engine, n_threads: int) -> float:
