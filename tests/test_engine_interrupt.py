@@ -23,10 +23,15 @@ STRIKES = 60
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model big enough to be busy with a prompt for a second or more."""
     path = tmp_path_factory.mktemp("models") / "wide.gguf"
     tiny_gguf(path, types="Q8_0", n_embd=1024, n_head=16, n_head_kv=8, n_ff=2560, n_layer=6, n_ctx_train=8192)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(path: Path) -> Iterator[Engine]:
     with Engine(path, n_threads=2, n_ctx=8192) as engine:
         yield engine
 
@@ -64,6 +69,24 @@ def test_a_prefill_stops_at_once_and_can_be_taken_up_again(engine: Engine, way: 
         end = sequence.n_past + 50
         found = run(engine, sequence, ids[sequence.n_past : end])
         assert_same_bits(found, fresh(engine, ids[:end])[-len(found) :])
+
+
+def test_closing_stops_a_prefill_at_once(path: Path) -> None:
+    engine = Engine(path, n_threads=2, n_ctx=8192)
+    took: list[float] = []
+
+    def close() -> None:
+        began = time.monotonic()
+        engine.close()
+        took.append(time.monotonic() - began)
+
+    timer = threading.Timer(0.2, close)
+    sequence = engine.sequence()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.evaluate([(sequence, random_ids(N_PROMPT))])
+    timer.join()
+    assert took[0] < REACTION
 
 
 def test_a_stop_that_came_before_changes_nothing(engine: Engine) -> None:

@@ -229,7 +229,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return self.team.closed
+        return not self._end.alive  # at once when close is called; the team ends when what runs has stopped
 
     @property
     def is_elsewhere(self) -> bool:
