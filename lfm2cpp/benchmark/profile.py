@@ -118,14 +118,14 @@ def run_profiles(
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     with open_engine(setup, n_ctx, progress) as engine:
         model, base = ModelInfo.of(engine), Base(engine)
-        steps = [_run_test(engine, base.at(test.n_depth), test, repetitions) for test in tests]
+        steps = [_profile_test(engine, base.at(test.n_depth), test, repetitions) for test in tests]
         limits = measure_limits([setup.n_threads], progress)[0]
         weights_read = _weights_read_rate(engine, setup.n_threads)
         for test, (n_steps, step_ns, kinds) in zip(tests, steps, strict=True):
             yield Profile(setup, test, model, limits, weights_read, n_steps, step_ns, kinds)
 
 
-def _run_test(engine: Engine, base: Sequence, test: Test, repetitions: int) -> tuple[int, float, list[Kind]]:
+def _profile_test(engine: Engine, base: Sequence, test: Test, repetitions: int) -> tuple[int, float, list[Kind]]:
     """How many steps, nanoseconds a step, and where they went."""
     runner = Runner(engine, base)
     runner.run(test.n_prompt, min(test.n_gen, 1))

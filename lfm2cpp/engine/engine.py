@@ -182,8 +182,7 @@ class Engine:
 
     def _step(self, parts: list[Part], stop: threading.Event | None) -> None:
         """One replay: fill in the descriptor, run, take the logits."""
-        n_tokens, n_out = sum(len(part.ids) for part in parts), sum(part.n_wanted for part in parts)
-        self._describe(parts, n_tokens, n_out)
+        n_tokens, n_out = self._describe(parts)
         logits, self._out[0] = self._logits.take(n_out)
         self._check_stop(stop)
         for part in parts:
@@ -205,8 +204,11 @@ class Engine:
             self.trace["result_norm"] = self.trace["result_norm"][:row]
             self.trace["result_output"] = logits.copy()
 
-    def _describe(self, parts: list[Part], n_tokens: int, n_out: int) -> None:
-        """Write the batch descriptor. Through memoryviews: between two tokens nothing of NumPy is in a cache."""
+    def _describe(self, parts: list[Part]) -> tuple[int, int]:
+        """Write the batch descriptor; return how many tokens it has, and how many rows of logits.
+
+        Through memoryviews: between two tokens nothing of NumPy is in a cache.
+        """
         row = wanted = deepest = 0
         int32 = self._tokens.format  # "i", or "l" where that is what NumPy calls it
         for i, part in enumerate(parts):
@@ -215,15 +217,16 @@ class Engine:
             self._positions[row:end] = array(int32, range(state.n_past, state.n_past + n))
             self._run_of[row:end] = array(int32, [i]) * n
             self._out_rows[wanted : wanted + part.n_wanted] = array(int32, range(end - part.n_wanted, end))
-            record = (row, n, state.n_past, state.addresses_at, state.conv_address)
+            record = (row, n, state.n_past, state.addresses_at, state.conv_address)  # in the order of at.RUN_*
             for where, value in enumerate(record, at.RUN_FIELDS * i):
                 self._runs[where] = value
             row, wanted = end, wanted + part.n_wanted
             deepest = max(deepest, state.n_past + n)
         self.rope.grow(deepest)
         batch = self._batch
-        batch[at.N_TOKENS], batch[at.N_OUT], batch[at.N_RUNS] = n_tokens, n_out, len(parts)
-        batch[at.SPLIT_CHUNKS] = -(-deepest // CHUNK_TOKENS) if n_tokens <= SPLIT_TOKENS else 0
+        batch[at.N_TOKENS], batch[at.N_OUT], batch[at.N_RUNS] = row, wanted, len(parts)
+        batch[at.SPLIT_CHUNKS] = -(-deepest // CHUNK_TOKENS) if row <= SPLIT_TOKENS else 0
+        return row, wanted
 
     # Ending
 

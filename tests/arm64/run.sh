@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kernels' tests and the golden logits on an emulated 64-bit ARM CPU: with i8mm, with dotprod only, with neither.
 #
-#     tests/arm64/run.sh [pytest arguments]              everything, on each of the three CPUs (an hour)
+#     tests/arm64/run.sh [pytest arguments]              everything, on each of the three CPUs (80 minutes)
 #     LEVELS=neon-dotprod tests/arm64/run.sh -k words    one CPU, some tests
 #
 # Needs a Debian or Ubuntu host with apt-get, dpkg and pip; not root. An arm64 Python with its libraries (Debian packages)
