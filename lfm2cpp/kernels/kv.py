@@ -48,13 +48,6 @@ class KVType:
     store_head: Any  # (k, v, k_out, v_out, slot, n_embd_head, n_padded): one token, one head
 
 
-@device
-def ask_to_write(first, step, count):
-    """Ask for what will be written, each in a line of its own."""
-    for i in range(count):
-        prefetch_write(first + step * i)
-
-
 def _float_type(name: str, size: int, store: Any) -> KVType:
     def make_scores(n_queries: int) -> Any:
         tile = make_tile(n_queries, name)
@@ -139,7 +132,8 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
 
     @device
     def store_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
-        ask_to_write(k_out + size * slot, size * PAGE_TOKENS, n_embd_head)
+        for i in range(n_embd_head):
+            prefetch_write(k_out + size * (i * PAGE_TOKENS + slot))  # each in a line of its own
         for i in range(n_embd_head):
             store(k_out + size * (i * PAGE_TOKENS + slot), load_f32(k + 4 * i))
             store(v_out + size * (slot * n_padded + i), load_f32(v + 4 * i))
@@ -226,7 +220,6 @@ def _store_block(x, out, step, scale_out):
 
 @device
 def _store_q8_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
-    ask_to_write(k_out + slot, PAGE_TOKENS, n_embd_head)
     for i in range(0, n_embd_head, QK):
         k_scales = k_out + n_embd_head * PAGE_TOKENS + 2 * (i // QK * PAGE_TOKENS + slot)
         _store_block(k + 4 * i, k_out + i * PAGE_TOKENS + slot, PAGE_TOKENS, k_scales)
