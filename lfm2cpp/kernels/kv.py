@@ -5,8 +5,7 @@ int8 where the others have a float, and after them float16 scales: K's [n_embd_h
 [PAGE_TOKENS][n_padded / 32].
 
 One head's K or V in one page is a block. Blocks are listed in the order in which a thread uses them, and every one is
-asked for while the two before it are used: of the two behind it in the list, the nearer one is called into the
-first-level cache and the other into the second.
+asked for twice: AHEAD places before its turn into the second-level cache, and soon before its use into the first.
 """
 
 from __future__ import annotations
@@ -25,6 +24,9 @@ from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
+# Bytes ahead to ask for floats to be near: by multiples of 4096 they would push out each other, and the scores. Behind
+# the last head of a page are other blocks of it, which then need not come from memory when it is their turn.
+NEAR = 2048
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
 
@@ -60,17 +62,13 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
             for key in range(0, n_keys, span):
                 page, slot = divmod(key, PAGE_TOKENS)
                 at = blocks + 8 * page
-                k, soon, later = (
-                    load_i64(at) + size * slot,
-                    load_i64(at + 8) + size * slot,
-                    load_i64(at + 16) + size * slot,
-                )
+                k, later = load_i64(at) + size * slot, load_i64(at + 8 * AHEAD) + size * slot
                 f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
                     for line in range(0, size * span, LINE):
                         if two:
-                            prefetch_near(soon + row + line)
+                            prefetch_near(k + row + line + NEAR)
                         prefetch_far(later + row + line)
                     f = step(f, k + row, x, q_stride)
                     if two:
@@ -98,13 +96,13 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                         g = get(out + 8 * W, out_stride)
                 for page in range(pages_of(n_keys)):
                     at = blocks + 8 * page
-                    v, soon, later = load_i64(at) + offset, load_i64(at + 8) + offset, load_i64(at + 16) + offset
+                    v, later = load_i64(at) + offset, load_i64(at + 8 * AHEAD) + offset
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
                         for line in range(0, nbytes, LINE):
                             if two:
-                                prefetch_near(soon + row + line)
+                                prefetch_near(v + row + line + NEAR)
                             prefetch_far(later + row + line)
                         f = step(f, v + row, x, 4 * CHUNK_TOKENS)
                         if two:
