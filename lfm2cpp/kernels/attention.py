@@ -24,7 +24,7 @@ from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64, store_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
+from .simd import W, keep_first, load_f32, max_lanes, maximum, prefetch_far, splat_f32, store_f32, sum_lanes
 from .widths import (
     BLOCK_TABLE,
     CHUNK_PAGES,
@@ -44,8 +44,11 @@ RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, 
 
 
 @device
-def softmax_row(scores, n_valid, n_keys, scale, result):
-    """scores -> exp(scale * score - maximum), zero from n_valid on; the maximum and the sum go to result"""
+def softmax_row(scores, n_valid, n_keys, scale, result, coming):
+    """scores -> exp(scale * score - maximum), zero from n_valid on; the maximum and the sum go to result.
+
+    Asks for 4 bytes a key from `coming` on: without that memory would have nothing to do meanwhile.
+    """
     factor = splat_f32(scale)
     peak = splat_f32(LOWEST)
     whole = n_valid // W * W
@@ -61,6 +64,7 @@ def softmax_row(scores, n_valid, n_keys, scale, result):
     shift = splat_f32(top)
     total = splat_f32(0.0)
     for key in range(0, whole, W):
+        prefetch_far(coming + 4 * key)
         p = exp(load_f32(scores + 4 * key) - shift)
         store_f32(scores + 4 * key, p)
         total = total + p
@@ -152,7 +156,8 @@ def make_attend(n_queries: int, kv: KVType) -> Any:
         rounded = (n_keys + W - 1) // W * W
         for i in range(count):
             n_valid = min(CHUNK_TOKENS, max(0, valid + i))
-            softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, out + i * row)
+            at = s + i * 4 * CHUNK_TOKENS
+            softmax_row(at, n_valid, rounded, scale, out + i * row, at)  # V comes soon enough: there is much to compute
         weighted_sum(s, blocks + 8 * n_pages, n_padded, n_keys, True, out + 4 * RESULT_HEAD, row)
 
     return attend
@@ -172,6 +177,7 @@ def make_attend_split(kv: KVType) -> Any:
     """attend_split: one chunk of context for the query heads of one token and some KV heads."""
     small_scores, small_sum = kv.make_scores(SMALL_TILE), kv.make_weighted_sum(SMALL_TILE)
     medium_scores, medium_sum = kv.make_scores(MEDIUM_TILE), kv.make_weighted_sum(MEDIUM_TILE)
+    column_bytes = kv.column_bytes
 
     @device
     def attend_split(q, n_gqa, n_embd_head, n_padded, blocks, n_heads, n_valid, scale, s, results):
@@ -193,10 +199,13 @@ def make_attend_split(kv: KVType) -> Any:
                         medium_scores(queries, stride, n_embd_head, at, n_keys, out)
                 at += 8
         rounded = (n_valid + W - 1) // W * W
-        for head in range(n_heads):
-            for i in range(head * rows, head * rows + n_gqa):
-                softmax_row(s + i * 4 * CHUNK_TOKENS, n_valid, rounded, scale, results + i * row)
-        at = blocks + 8 * n_pages * n_heads
+        at, n_blocks = blocks + 8 * n_pages * n_heads, n_pages * n_heads
+        for query in range(n_heads * n_gqa):
+            head, j = divmod(query, n_gqa)
+            i = head * rows + j
+            block, offset = divmod(4 * CHUNK_TOKENS * query, column_bytes * n_padded)
+            coming = load_i64(at + 8 * min(AHEAD + block, n_blocks)) + offset
+            softmax_row(s + 4 * CHUNK_TOKENS * i, n_valid, rounded, scale, results + i * row, coming)
         for first in range(0, n_valid, PAGE_TOKENS):
             n_keys = min(n_valid - first, PAGE_TOKENS)
             for head in range(n_heads):
