@@ -63,16 +63,15 @@ class Layer:
         """The layer's output by the kernels, one unit a token and chunk (`split`) or one a group of tokens."""
         self.batch.split(split)
         n_chunks = -(-self.batch.deepest // CHUNK_TOKENS)
-        parts = aligned(
-            self.batch.n_tokens * self.n_head * n_chunks * 4 * (widths.PANEL_ROWS + self.n_padded) + 4096, MARK
-        )
+        shape = (self.n_head_kv, self.n_head // self.n_head_kv, self.n_padded, n_chunks)
+        parts = guarded(np.full(widths.parts_nbytes(self.batch.n_tokens, *shape), MARK, np.uint8))
         out = guarded(np.full(self.q.shape, np.nan, np.float32))
         slack = np.zeros((self.batch.n_tokens + 8, self.q.shape[1]), np.float32)
         slack[: self.batch.n_tokens] = self.q
         common = {"n_head": self.n_head, "parts": parts, "out": out, "act": act, "batch": self.batch.fields}
         scale = np.float32(self.n_embd_head**-0.5)
         call(f"attention:attention_{self.kv_type}", nth=nth, q=slack, scale=scale, **common, **self.shape)
-        merge = {"n_embd_head": self.n_embd_head, "n_padded": self.n_padded}
+        merge = {"n_head_kv": self.n_head_kv, "n_embd_head": self.n_embd_head, "n_padded": self.n_padded}
         call("attention:merge_parts", nth=nth, **common, **merge)
         return out.copy()
 

@@ -285,15 +285,15 @@ class Plan:
                  "k_offset": kv.k_offset, "v_offset": kv.v_offset, "batch": self.batch_address}  # fmt: skip
         self._record(f"rope:store_kv_{kv.kv_type}", "store_kv", {"k": k.address, "v": v.address} | shape)
         out = self._rows("mixed", f"attn-{il}", q.n)
-        row_bytes = 4 * (widths.PANEL_ROWS + n_padded)
-        n_chunks = -(-self.n_ctx // widths.CHUNK_TOKENS)
-        parts = self._side_buffer("parts", SPLIT_TOKENS * n_head * n_chunks * row_bytes)
-        self.scratch(widths.attention_nbytes(n_padded, n_head // kv.n_head_kv))
+        n_gqa, n_chunks = n_head // kv.n_head_kv, -(-self.n_ctx // widths.CHUNK_TOKENS)
+        parts_nbytes = widths.parts_nbytes(SPLIT_TOKENS, kv.n_head_kv, n_gqa, n_padded, n_chunks)
+        parts = self._side_buffer("parts", parts_nbytes)
+        self.scratch(widths.attention_nbytes(n_padded, n_gqa))
         args = {"q": q.address, "n_head": n_head, "scale": float_bits(kv.n_embd_head**-0.5), "parts": parts,
                 "out": out.address, "act": 0}  # fmt: skip
         whole = self._record(f"attention:attention_{kv.kv_type}", "attention", args | shape)
-        merge = {"parts": parts, "n_head": n_head, "n_embd_head": kv.n_embd_head, "n_padded": n_padded,
-                 "out": out.address, "act": 0, "batch": self.batch_address}  # fmt: skip
+        merge = {"parts": parts, "n_head": n_head, "n_head_kv": kv.n_head_kv, "n_embd_head": kv.n_embd_head,
+                 "n_padded": n_padded, "out": out.address, "act": 0, "batch": self.batch_address}  # fmt: skip
         merged = self._record("attention:merge_parts", "attention", merge)
         if kv.n_embd_head % 32 == 0:
             # Heads are whole blocks: whichever of the two finishes a row also quantizes it.

@@ -180,10 +180,10 @@ def make_attend_split(kv: KVType) -> Any:
     column_bytes = kv.column_bytes
 
     @device
-    def attend_split(q, n_gqa, n_embd_head, n_padded, blocks, n_heads, n_valid, scale, s, results):
+    def attend_split(q, n_gqa, n_embd_head, n_padded, blocks, n_heads, n_valid, scale, s, results, stride_of_head):
         """n_heads * n_gqa queries at q, the first n_valid keys of the chunk listed at `blocks`.
 
-        s and results: rows_of_group(n_gqa) rows a KV head.
+        s, results: rows_of_group(n_gqa) rows a KV head; those of results begin stride_of_head bytes apart.
         """
         n_pages, rows = pages_of(n_valid), rows_of_group(n_gqa)
         row, stride = 4 * (RESULT_HEAD + n_padded), 4 * n_embd_head
@@ -205,13 +205,14 @@ def make_attend_split(kv: KVType) -> Any:
             i = head * rows + j
             block, offset = divmod(4 * CHUNK_TOKENS * query, column_bytes * n_padded)
             coming = load_i64(at + 8 * min(AHEAD + block, n_blocks)) + offset
-            softmax_row(s + 4 * CHUNK_TOKENS * i, n_valid, rounded, scale, results + i * row, coming)
+            result = results + head * stride_of_head + j * row
+            softmax_row(s + 4 * CHUNK_TOKENS * i, n_valid, rounded, scale, result, coming)
         for first in range(0, n_valid, PAGE_TOKENS):
             n_keys = min(n_valid - first, PAGE_TOKENS)
             for head in range(n_heads):
                 for j in range(0, n_gqa, MEDIUM_TILE):
-                    i = head * rows + j
-                    p, out = s + 4 * (i * CHUNK_TOKENS + first), results + i * row + 4 * RESULT_HEAD
+                    p = s + 4 * ((head * rows + j) * CHUNK_TOKENS + first)
+                    out = results + head * stride_of_head + j * row + 4 * RESULT_HEAD
                     if n_gqa - j <= SMALL_TILE:
                         small_sum(p, at, n_padded, n_keys, first == 0, out, row)
                     else:
@@ -243,15 +244,10 @@ def make_attention(kv: KVType) -> Any:
         k_bytes, v_bytes = column_bytes * n_embd_head, column_bytes * n_padded
         k, v = k_offset + first * k_bytes, v_offset + first * v_bytes
         list_chunk(s, pages, pages_of(n_valid), n_heads, k, k_bytes, v, v_bytes, coming)
-        rows, row = rows_of_group(n_gqa), 4 * (RESULT_HEAD + n_padded)
-        scores = s + BLOCK_TABLE
-        results = scores + 4 * n_heads * rows * CHUNK_TOKENS
+        part = rows_of_group(n_gqa) * 4 * (RESULT_HEAD + n_padded)
+        results = parts + ((t * n_head_kv + first) * n_chunks + chunk) * part
         at = q + 4 * (t * n_head + first * n_gqa) * n_embd_head
-        split(at, n_gqa, n_embd_head, n_padded, s, n_heads, n_valid, scale, scores, results)
-        for head in range(n_heads):
-            for i in range(n_gqa):
-                place = ((t * n_head + (first + head) * n_gqa + i) * n_chunks + chunk) * row
-                merge(parts + place, results + (head * rows + i) * row, n_padded, True)
+        split(at, n_gqa, n_embd_head, n_padded, s, n_heads, n_valid, scale, s + BLOCK_TABLE, results, n_chunks * part)
 
     @device
     def token_group(run, begin, count, head, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale,
@@ -293,7 +289,8 @@ def make_attention(kv: KVType) -> Any:
                   scratch, scratch_bytes, work, ith, nth):  # fmt: skip
         """out[t] = softmax(scale * q k^T) v per head; q, out: (n_tokens, n_head * n_embd_head) float32.
 
-        With SPLIT_CHUNKS set, only leaves results in `parts`, [token][head][chunk], for merge_parts.
+        With SPLIT_CHUNKS set, only leaves results in `parts` for merge_parts: [token][KV head][chunk][query head of
+        the group], widths.parts_nbytes in all.
         """
         s = scratch + ith * scratch_bytes
         n_split = load_i64(batch + 8 * SPLIT_CHUNKS)
@@ -330,21 +327,24 @@ def make_attention(kv: KVType) -> Any:
 
 
 @kernel
-def merge_parts(parts, n_head, n_embd_head, n_padded, out, act, batch, scratch, scratch_bytes, ith, nth):
+def merge_parts(parts, n_head, n_head_kv, n_embd_head, n_padded, out, act, batch, scratch, scratch_bytes, ith, nth):
     """The chunks that attention left in parts, in order -> finished rows of out."""
     n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
     if n_chunks == 0:
         return
     state = scratch + ith * scratch_bytes
-    row = 4 * (RESULT_HEAD + n_padded)
+    n_gqa, row = n_head // n_head_kv, 4 * (RESULT_HEAD + n_padded)
+    part = rows_of_group(n_gqa) * row
     n_groups = n_groups_of(n_head * n_embd_head)
     positions, n_tokens = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * N_TOKENS)
     begin, end = share_of(n_tokens * n_head, ith, nth)
     for unit in range(begin, end):
         t, head = divmod(unit, n_head)
         mine = (load_i32(positions + 4 * t) + CHUNK_TOKENS) // CHUNK_TOKENS
+        head_kv, j = divmod(head, n_gqa)
+        first = parts + (t * n_head_kv + head_kv) * n_chunks * part + j * row
         for chunk in range(mine):
-            merge(state, parts + (unit * n_chunks + chunk) * row, n_padded, chunk == 0)
+            merge(state, first + chunk * part, n_padded, chunk == 0)
         at = out + 4 * unit * n_embd_head
         finish_head(state, n_embd_head, at)
         if act:

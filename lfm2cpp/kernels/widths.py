@@ -62,10 +62,15 @@ def rows_of_group(n_gqa: int) -> int:
     return SMALL_TILE if n_gqa <= SMALL_TILE else -(-n_gqa // MEDIUM_TILE) * MEDIUM_TILE
 
 
+def parts_nbytes(n_tokens: int, n_head_kv: int, n_gqa: int, n_padded: int, n_chunks: int) -> int:
+    """Bytes of the results that attention leaves for few tokens: a part for each token, KV head and chunk."""
+    return n_tokens * n_head_kv * n_chunks * rows_of_group(n_gqa) * 4 * (PANEL_ROWS + n_padded)
+
+
 def attention_nbytes(n_padded: int, n_gqa: int) -> int:
-    """Scratch bytes of attention: a list of blocks, the scores and results of a tile, the states of a group of tokens
-    or as many rows as few tokens need."""
+    """Scratch bytes of attention: a list of blocks, and the scores of few tokens, or the scores and results of a tile
+    and the states of a group of tokens."""
+    scores = max(SPLIT_ROWS, rows_of_group(n_gqa)) * 4 * CHUNK_TOKENS
     row = 4 * (PANEL_ROWS + n_padded)
-    rows = max(SPLIT_ROWS, rows_of_group(n_gqa))
     grouped = QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row
-    return BLOCK_TABLE + max(grouped, rows * (4 * CHUNK_TOKENS + row)) + 64
+    return BLOCK_TABLE + max(grouped, scores) + 64
