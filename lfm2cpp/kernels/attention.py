@@ -40,7 +40,7 @@ from .widths import (
 UNITS_A_THREAD = 16  # at least, where few tokens are split into units
 LOWEST = -3.0e38
 rows_of_group = device(widths.rows_of_group)
-RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum, its sum of weights; keeps rows aligned
+RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum and its sum of weights, W times each
 
 
 @device
@@ -60,8 +60,7 @@ def softmax_row(scores, n_valid, n_keys, scale, result, coming):
         s = keep_first(load_f32(scores + 4 * key) * factor, n_valid - key, LOWEST)
         store_f32(scores + 4 * key, s)
         peak = maximum(s, peak)
-    top = max_lanes(peak)
-    shift = splat_f32(top)
+    shift = splat_f32(max_lanes(peak))
     total = splat_f32(0.0)
     for key in range(0, whole, W):
         prefetch_far(coming + 4 * key)
@@ -72,13 +71,8 @@ def softmax_row(scores, n_valid, n_keys, scale, result, coming):
         p = keep_first(exp(load_f32(scores + 4 * key) - shift), n_valid - key, 0.0)
         store_f32(scores + 4 * key, p)
         total = total + p
-    store_scalar(result, top)
-    store_scalar(result + 4, sum_lanes(total))
-
-
-@device
-def exp_scalar(x):
-    return max_lanes(exp(splat_f32(x)))
+    store_f32(result, shift)
+    store_f32(result + 4 * W, splat_f32(sum_lanes(total)))
 
 
 @device
@@ -88,21 +82,19 @@ def merge(state, part, n_padded, is_first):
         for i in range(0, RESULT_HEAD + n_padded, W):
             store_f32(state + 4 * i, load_f32(part + 4 * i))
         return
-    old, new = load_scalar(state), load_scalar(part)
-    top = max(old, new)
-    a, b = exp_scalar(old - top), exp_scalar(new - top)
-    store_scalar(state, top)
-    store_scalar(state + 4, load_scalar(state + 4) * a + load_scalar(part + 4) * b)
-    wa, wb = splat_f32(a), splat_f32(b)
-    for i in range(RESULT_HEAD, RESULT_HEAD + n_padded, W):
+    old, new = load_f32(state), load_f32(part)
+    top = maximum(old, new)
+    a, b = exp(old - top), exp(new - top)
+    store_f32(state, top)
+    for i in range(W, RESULT_HEAD + n_padded, W):
         where = 4 * i
-        store_f32(state + where, load_f32(state + where) * wa + load_f32(part + where) * wb)
+        store_f32(state + where, load_f32(state + where) * a + load_f32(part + where) * b)
 
 
 @device
 def finish_head(state, n_embd_head, out):
     """out = weighted sum / sum of weights"""
-    inverse = np.float32(1.0) / load_scalar(state + 4)
+    inverse = np.float32(1.0) / load_scalar(state + 4 * W)
     for i in range(n_embd_head):
         store_scalar(out + 4 * i, load_scalar(state + 4 * (RESULT_HEAD + i)) * inverse)
 
