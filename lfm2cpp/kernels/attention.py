@@ -24,11 +24,23 @@ from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64, store_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .simd import W, keep_first, load_f32, max_lanes, maximum, prefetch_far, splat_f32, store_f32, sum_lanes
+from .simd import (
+    W,
+    keep_first,
+    load_f32,
+    max_lanes,
+    maximum,
+    prefetch_far,
+    prefetch_near,
+    splat_f32,
+    store_f32,
+    sum_lanes,
+)
 from .widths import (
     BLOCK_TABLE,
     CHUNK_PAGES,
     CHUNK_TOKENS,
+    LINE,
     MEDIUM_TILE,
     PAGE_TOKENS,
     QUERY_GROUP,
@@ -38,6 +50,7 @@ from .widths import (
 )
 
 UNITS_A_THREAD = 16  # at least, where few tokens are split into units
+PARTS_AHEAD = 6  # chunks whose results are on their way while they are merged
 LOWEST = -3.0e38
 rows_of_group = device(widths.rows_of_group)
 RESULT_HEAD = 2 * W  # floats before the weighted sum in a result: its maximum and its sum of weights, W times each
@@ -336,6 +349,8 @@ def merge_parts(parts, n_head, n_head_kv, n_embd_head, n_padded, out, act, batch
         head_kv, j = divmod(head, n_gqa)
         first = parts + (t * n_head_kv + head_kv) * n_chunks * part + j * row
         for chunk in range(mine):
+            for line in range(0, row, LINE):
+                prefetch_near(first + (chunk + PARTS_AHEAD) * part + line)  # half of them lie in other cores' caches
             merge(state, first + chunk * part, n_padded, chunk == 0)
         at = out + 4 * unit * n_embd_head
         finish_head(state, n_embd_head, at)
