@@ -38,6 +38,7 @@ from lfm2cpp.threads import default_threads  # noqa: E402
 PARTS = ("decode", "prefill", "depth", "batched", "profile", "generate", "process", "load")  # and custom
 N_CTX = 4096  # of the whole-process runs
 PROMPT_TOKENS = 4000
+SETTLING_SECONDS = 5
 
 
 class Comparison:
@@ -99,12 +100,14 @@ def read_anew(path: Path) -> None:
     """Have the system forget the file and read it again.
 
     Linux reads it into pages of 2 MB, but takes them apart with time, and decode is up to an eighth slower from small
-    ones.
+    ones. Then wait: a virtual machine gives freed memory back to its host some two seconds later, and everything in it
+    stands still for as much as a tenth of a second.
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         output_of([*OURS, "bench", "-m", str(path), "-p", "1", "-n", "0", "-r", "1"])
+        time.sleep(SETTLING_SECONDS)
 
 
 def summary(ours: list[float], theirs: list[float]) -> dict[str, Any]:
