@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 
 "$PYTHON" -m pytest -q tests/test_kernels_words.py tests/test_kernels_mul_mat.py tests/test_kernels_ops.py \
-    tests/test_kernels_attention.py tests/test_engine_golden.py tests/test_engine_laws.py "$@"
+    tests/test_kernels_attention.py tests/test_kernels_sample.py tests/test_engine_golden.py tests/test_engine_laws.py "$@"
 "$PYTHON" -m pytest -q tests/test_kernels_levels.py --run-slow "$@"

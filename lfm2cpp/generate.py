@@ -176,11 +176,11 @@ class _Run:
     def run(self) -> Generation:
         prompt = self.request.prompt_ids
         check_fits(len(prompt), self.engine.n_ctx)
-        self.sampler.accept(prompt)
         self.n_cached = self.sequence.n_past
         self.started = time.perf_counter()
         try:
             logits = self._prefill(prompt)
+            self.sampler.accept(prompt)
             self.prompt_done = time.perf_counter()
             reason, detail = self._decode(logits)
         except KeyboardInterrupt:

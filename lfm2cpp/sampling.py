@@ -1,8 +1,6 @@
 """Sampling: a row of logits -> one token id. Knows no text and no model.
 
-The order of the steps is llama.cpp's: bias, penalties, top-k, top-p, min-p, and the temperature last. A vocabulary
-has 65,536 entries or more, and a decode step of a small model takes 5 ms, so nothing here sorts all of it:
-candidates are picked by a threshold first (10-60 us in all; `python -m pytest tests/test_sampling.py -k microseconds`).
+What is remembered of a text and what is drawn are here, the steps from logits to candidates in kernels/sample.py.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections import deque
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,14 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import LFM2Error, UsageError
+from .kernels.library import NO_RESULT, Kernel, Progress, float_bits, library
+from .kernels.widths import LOGITS_GROUP
 
 F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+KERNELS = ("lfm2cpp.kernels.sample:sample",)
 
 MIN_TEMP = 1e-6  # below it the best token has all the probability: greedy
-N_BLOCKS = 1024  # block maxima for top-k
 MAX_LOGIT_BIAS = 1024
-NEG_INF = np.float32(-np.inf)
+
+
+def load_kernels(progress: Progress | None = None) -> None:
+    """Compile what sampling needs, if it must be."""
+    library().load(KERNELS, progress)
+
+
+def _kernel() -> Kernel:
+    return library().load(KERNELS)[KERNELS[0]]
 
 
 class SamplingError(LFM2Error):
@@ -123,142 +133,89 @@ class Sampler:
         self.seed = secrets.randbits(32) if params.seed in (None, -1) else params.seed
         self._random = random.Random(self.seed)
         self._n_vocab = n_vocab
-        # Padding rows stand at the end; a slice is cheaper than an index.
+        # Padding rows stand at the end, and are cut off.
         n_real, banned = n_vocab, set(banned_ids)
         while n_real and n_real - 1 in banned:
             n_real -= 1
-        self._banned = np.array(sorted(i for i in banned if 0 <= i < n_real), np.int64)
-        self._logits = np.empty(n_real, np.float32)
-        self._init_bias(params.logit_bias or {}, n_vocab, n_real)
-        self._history: deque[int] = deque()
-        self._counts: dict[int, int] = {}
+        self._history = array("i")
+        self._counts = memoryview(np.zeros(n_vocab, np.intc))  # of the ids that penalties look at
         self._penalizes = params.repeat_last_n != 0 and (
             params.repeat_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
+        self._make_buffers(n_real, _bias(params.logit_bias or {}, banned, n_vocab, n_real))
 
-    def _init_bias(self, bias: Mapping[int, float], n_vocab: int, n_real: int) -> None:
-        for token_id in bias:
-            if token_id >= n_vocab:
-                raise UsageError(f"logit_bias names token {token_id}, expected an id from 0 to {n_vocab - 1}")
-        kept = {i: b for i, b in bias.items() if i < n_real}
-        self._bias_ids = np.array(list(kept), np.int64)
-        self._bias = np.array(list(kept.values()), np.float32)
+    def _make_buffers(self, n: int, bias: Mapping[int, float]) -> None:
+        """What the kernel reads and writes, and the row of its arguments."""
+        n_groups = -(-n // LOGITS_GROUP)
+        filled = (n_groups + 1) * LOGITS_GROUP
+        self._padded = np.full(filled, -np.inf, np.float32)
+        self._logits = self._padded[:n]
+        self._ids, self._weights = np.empty(filled, np.int32), np.empty(filled, np.float32)
+        self._maxima, self._out = np.empty(n_groups, np.float32), np.zeros(2, np.int64)
+        self._biased, self._bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
+        kernel, p = _kernel(), self.params
+        args = {
+            "x": self._padded, "n": n, "maxima": self._maxima, "biased": self._biased, "bias": self._bias,
+            "n_biased": len(bias), "counts": self._counts.obj, "repeat": float(p.repeat_penalty),
+            "frequency": float(p.frequency_penalty), "presence": float(p.presence_penalty), "top_k": p.top_k,
+            "top_p": float(p.top_p), "log_min_p": math.log(p.min_p) if p.min_p > 0 else -math.inf,
+            "temp": 0.0 if p.greedy else float(p.temp), "ids": self._ids, "values": self._weights, "out": self._out,
+        }  # fmt: skip
+        row = np.array([_as_int64(args.get(name, 0)) for name in kernel.params], np.int64)
+        self._entry, self._row_address = kernel.entry, row.ctypes.data
+        self._row, self._result = memoryview(row), memoryview(self._out)
+        self._recent_at, self._n_recent_at, self._draw_at = map(kernel.params.index, ("recent", "n_recent", "draw"))
 
     def accept(self, token_ids: Iterable[int]) -> None:
         """Tokens that are now part of the text: the prompt first, then each token chosen."""
         if not self._penalizes:
             return
-        last_n = self.params.repeat_last_n
+        last_n, history, counts = self.params.repeat_last_n, self._history, self._counts
         for token_id in token_ids:
-            self._history.append(token_id)
-            self._counts[token_id] = self._counts.get(token_id, 0) + 1
-            if 0 <= last_n < len(self._history):
-                oldest = self._history.popleft()
-                self._counts[oldest] -= 1
-                if not self._counts[oldest]:
-                    del self._counts[oldest]
+            history.append(token_id)
+            counts[token_id] += 1
+            if 0 <= last_n < len(history):
+                counts[history[-1 - last_n]] -= 1
 
     def sample(self, logits: F32) -> int:
         """One token id for `logits` (n_vocab,), which stay as they are. Does not `accept` it.
 
         Raises SamplingError when a logit is NaN or infinite, NothingAllowed when no token is left.
         """
-        x = self._adjusted(logits)
-        if self.params.greedy:
-            best = int(x.argmax())
-            self._check_any(x[best])
-            return best
-        ids, values = self._candidates(x)
-        return int(ids[self._draw(values)])
-
-    def _adjusted(self, logits: F32) -> F32:
-        """The logits of real tokens with masks, bias and penalties, in this sampler's own buffer."""
         if logits.shape != (self._n_vocab,):
             raise ValueError(f"logits have shape {logits.shape}, expected ({self._n_vocab},)")
-        x = self._logits
-        np.copyto(x, logits[: len(x)])
-        if len(x) and not (math.isfinite(x.max()) and math.isfinite(x.min())):  # NaN is the maximum of anything
-            at = int(np.flatnonzero(~np.isfinite(x))[0])
-            raise NonFiniteLogits(f"non-finite logits (token {at}: {x[at]})")
-        if len(self._banned):
-            x[self._banned] = NEG_INF
-        if len(self._bias_ids):
-            x[self._bias_ids] += self._bias
-        if self._counts:
-            self._penalize(x)
-        if not len(x):
-            raise NothingAllowed("every token of the vocabulary is unused")
-        return x
+        self._logits[:] = logits[: len(self._logits)]
+        row, (history_at, n_recent), last_n = self._row, self._history.buffer_info(), self.params.repeat_last_n
+        if 0 <= last_n < n_recent:
+            history_at, n_recent = history_at + 4 * (n_recent - last_n), last_n
+        row[self._recent_at], row[self._n_recent_at] = history_at, n_recent
+        row[self._draw_at] = 0 if self.params.greedy else int(self._random.random() * 2**53)
+        self._entry(NO_RESULT, NO_RESULT, self._row_address, 0, 0, 1)
+        count, token_id = self._result
+        if count < 0:
+            raise NonFiniteLogits(f"non-finite logits (token {token_id}: {logits[token_id]})")
+        if count == 0:
+            why = "is forbidden by logit_bias or a mask" if len(self._logits) else "of the vocabulary is unused"
+            raise NothingAllowed(f"every token {why}")
+        return token_id
 
-    def _penalize(self, x: F32) -> None:
-        n = len(self._counts)
-        ids = np.fromiter(self._counts, np.int64, n)
-        ids_in = ids < len(x)
-        counts = np.fromiter(self._counts.values(), np.float32, n)
-        if not ids_in.all():
-            ids, counts = ids[ids_in], counts[ids_in]
-        p, values = self.params, x[ids]
-        values = np.where(values <= 0, values * np.float32(p.repeat_penalty), values / np.float32(p.repeat_penalty))
-        x[ids] = values - (counts * np.float32(p.frequency_penalty) + np.float32(p.presence_penalty))
-
-    def _check_any(self, best: np.float32) -> None:
-        if best == NEG_INF:
-            raise NothingAllowed("every token is forbidden by logit_bias or a mask")
-
-    def _candidates(self, x: F32) -> tuple[I64, F32]:
-        """Ids that may be chosen and their logits; the best has logit 0 (a softmax does not mind)."""
-        p = self.params
-        best = x.max()
-        self._check_any(best)
-        floor = best + np.float32(math.log(p.min_p)) if p.min_p > 0 else NEG_INF
-        if 0 < p.top_k < len(x):
-            ids = top_k_ids(x, p.top_k)
-            if p.top_p < 1:
-                ids = ids[: _nucleus_size(np.exp(x[ids] - best), p.top_p)]
-            ids = ids[x[ids] >= floor]
-        else:
-            if p.top_p < 1:
-                floor = max(floor, _nucleus_floor(x, best, floor, p.top_p))
-            ids = np.flatnonzero(x >= floor if floor > NEG_INF else x > NEG_INF)
-        return ids, x[ids] - best
-
-    def _draw(self, values: F32) -> int:
-        """An index of `values` (logits, the largest 0) by its probability at the temperature."""
-        with np.errstate(over="ignore", under="ignore"):
-            cumulated = np.exp(values / np.float32(self.params.temp)).cumsum(dtype=np.float64)
-        at = int(cumulated.searchsorted(self._random.random() * cumulated[-1], side="right"))
-        return min(at, len(values) - 1)
+    def candidates(self, logits: F32) -> tuple[I32, F64]:
+        """The ids that `sample` would have chosen from, in no order, and their probabilities."""
+        self.sample(logits)
+        weights = self._weights[: self._out[0]].astype(np.float64)
+        return self._ids[: self._out[0]].copy(), weights / weights.sum()
 
 
-def top_k_ids(x: F32, k: int) -> I64:
-    """The ids of the k largest, best first; the lower id first where they are equal; -inf is left out."""
-    ids = np.flatnonzero(x >= _top_k_threshold(x, k))
-    values = x[ids]
-    ids = ids[np.argsort(-values, kind="stable")[:k]]
-    return ids[x[ids] > NEG_INF]
+def _bias(bias: Mapping[int, float], banned: set[int], n_vocab: int, n_real: int) -> dict[int, float]:
+    """What to add to logits, by id; banned ids get -inf."""
+    for token_id in bias:
+        if token_id >= n_vocab:
+            raise UsageError(f"logit_bias names token {token_id}, expected an id from 0 to {n_vocab - 1}")
+    return {i: b for i, b in {**bias, **dict.fromkeys(banned, -math.inf)}.items() if 0 <= i < n_real}
 
 
-def _top_k_threshold(x: F32, k: int) -> np.float32:
-    """A value that at least k of x reach, and rarely many more: the k-th largest of interleaved blocks' maxima."""
-    n_rows = len(x) // N_BLOCKS
-    if k > N_BLOCKS // 2 or n_rows < 4:
-        return np.partition(x, len(x) - k)[len(x) - k]
-    maxima = x[: n_rows * N_BLOCKS].reshape(n_rows, N_BLOCKS).max(axis=0)
-    return np.partition(maxima, N_BLOCKS - k)[N_BLOCKS - k]
-
-
-def _nucleus_size(weights: F32, top_p: float) -> int:
-    """How many of `weights` (largest first) it takes to have `top_p` of their sum; at least one."""
-    cumulated = weights.cumsum(dtype=np.float64)
-    return min(int(cumulated.searchsorted(top_p * cumulated[-1])) + 1, len(weights))
-
-
-def _nucleus_floor(x: F32, best: np.float32, floor: np.float32, top_p: float) -> np.float32:
-    """The lowest logit among the most probable ids that together have `top_p` of all probability.
-
-    Ids below `floor` count in the total, but are not looked at: they are out anyway. Equal logits stay together.
-    """
-    target = top_p * float(np.exp(x - best).sum(dtype=np.float64))
-    largest = np.sort(x[x >= floor] if floor > NEG_INF else x)[::-1]
-    cumulated = np.exp(largest - best).cumsum(dtype=np.float64)
-    return largest[min(int(cumulated.searchsorted(target)), len(largest) - 1)]
+def _as_int64(value: Any) -> int:
+    """An argument as a kernel takes it."""
+    if isinstance(value, np.ndarray):
+        return int(value.ctypes.data)
+    return float_bits(value) if isinstance(value, float) else value

@@ -32,7 +32,7 @@ CPUS = {
     "x86-64": ("generic", f"{AVX}|{VNNI}|{FUSED}"),
 }
 KERNELS = ["mul_mat:mul_mat_q8_0", "ops:rms_norm", "rope:store_kv_f16"]
-SUITE = [f"tests/test_kernels_{name}.py" for name in ("words", "mul_mat", "ops", "attention")]
+SUITE = [f"tests/test_kernels_{name}.py" for name in ("words", "mul_mat", "ops", "attention", "sample")]
 GOLDEN = ["tests/test_engine_golden.py", "tests/test_engine_laws.py"]
 
 

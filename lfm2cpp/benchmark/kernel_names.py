@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from lfm2cpp import sampling
 from lfm2cpp.arch.lfm2 import HParams
 from lfm2cpp.arch.validate import WEIGHT_TYPES, validate_model
 from lfm2cpp.engine import team
@@ -51,7 +52,7 @@ def type_kernels(ggml_type: GGMLType, kv_type: str) -> list[str]:
 def _recorded(weights: Weights, hp: HParams) -> list[str]:
     plan = Plan(n_batch=1, n_threads=1, n_ctx=N_CTX)
     record_lfm2(plan, weights, hp)
-    return list(dict.fromkeys([*(op.kernel for op in plan.ops), *team.KERNELS]))
+    return list(dict.fromkeys([*(op.kernel for op in plan.ops), *team.KERNELS, *sampling.KERNELS]))
 
 
 def _weights(hp: HParams, ggml_type: GGMLType, kv_type: str) -> Weights:

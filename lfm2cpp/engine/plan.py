@@ -16,7 +16,7 @@ import numpy as np
 from lfm2cpp.ggml import GGMLType
 from lfm2cpp.kernels import batch as at
 from lfm2cpp.kernels import widths
-from lfm2cpp.kernels.library import Kernel, Progress, library
+from lfm2cpp.kernels.library import Kernel, Progress, float_bits, library
 from lfm2cpp.kernels.team_layout import OP_ARGS, OP_FIELDS, OP_KERNEL, OP_SYNC, OP_WORK
 
 from .memory import ConvLayer, KVLayer, zeroed
@@ -85,11 +85,6 @@ class Arena:
     def take(self, nbytes: int) -> int:
         self._areas.append(zeroed(nbytes))
         return self._areas[-1].ctypes.data
-
-
-def float_bits(value: float) -> int:
-    """A float argument as kernels expect it."""
-    return int(np.float32(value).view(np.uint32))
 
 
 class Plan:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -24,6 +26,11 @@ ENTRY_TYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 6)
 _no_result = (ctypes.c_int64 * 8)()
 NO_RESULT = ctypes.addressof(_no_result)
 Progress = Callable[[str, int, int], None]  # kernel name, how many are done, of how many
+
+
+def float_bits(value: float) -> int:
+    """A float argument as kernels expect it."""
+    return int.from_bytes(struct.pack("=f", value), sys.byteorder)
 
 
 @dataclass(frozen=True)

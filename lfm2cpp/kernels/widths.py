@@ -22,6 +22,7 @@ ACT_Z32_LOW = 48 * W
 ACT_Z32_HIGH = 52 * W
 ACT_GROUP = 56 * W
 
+LOGITS_GROUP = 8 * W  # logits of which a sampler knows the largest
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line

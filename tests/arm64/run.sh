@@ -12,7 +12,7 @@ ROOM=${LFM2CPP_ARM64_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/lfm2cpp/arm64}
 ROOT=$ROOM/root WHEELS=$ROOM/wheels
 LEVELS=${LEVELS:-neon-i8mm neon-dotprod generic}
 declare -A CPUS=([neon-i8mm]=max [neon-dotprod]=cortex-a76 [generic]=cortex-a72)
-TESTS=(tests/test_kernels_{words,mul_mat,ops,attention}.py tests/test_engine_{golden,laws}.py)
+TESTS=(tests/test_kernels_{words,mul_mat,ops,attention,sample}.py tests/test_engine_{golden,laws}.py)
 
 apt_arm64() {
     mkdir -p "$ROOM"/apt/{state/lists/partial,cache/archives/partial}
