@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from functools import cached_property
@@ -99,8 +98,8 @@ class Engine:
         buffers = [np.zeros(n, np.int32) for _ in range(3)] + [np.zeros(n * at.RUN_FIELDS, np.int64)]
         for number, buffer in zip((at.TOKENS, at.POSITIONS, at.RUN_OF, at.RUNS), buffers, strict=True):
             batch[number] = buffer.ctypes.data
-        self._tokens, self._positions, self._run_of, self._runs = map(memoryview, buffers)
-        self._out_rows = memoryview(self.plan.int32_view(int(batch[at.OUT_ROWS])))
+        out_rows = self.plan.int32_view(int(batch[at.OUT_ROWS]))
+        self._descriptor = [memoryview(array) for array in (*buffers[:3], out_rows, buffers[3])]
         self._batch, self._out = memoryview(batch), memoryview(compiled.out)
         of_all_rows = [op for op in ops if op.args.get("count") != self.plan.out_rows]
         few, many = (step_tokens(some, n, self.n_threads) for some in (of_all_rows, ops))
@@ -147,7 +146,7 @@ class Engine:
         and every sequence holds what it held before, and perhaps the first of its new tokens.
         """
         with self.guard():
-            self._check_usable()
+            self._check_open()
             self._stop_asked = False
             entries = [Entry(sequence, ids, logits) for sequence, ids in check_batch(self, batch, logits)]
             try:
@@ -173,6 +172,9 @@ class Engine:
     def _check_usable(self) -> None:
         if self.is_elsewhere:
             raise UsageError("this engine belongs to the parent process; load the model again in the child")
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self.closed:
             raise UsageError("this engine is closed; load the model again")
 
@@ -207,21 +209,22 @@ class Engine:
     def _describe(self, parts: list[Part]) -> tuple[int, int]:
         """Write the batch descriptor; return how many tokens it has, and how many rows of logits.
 
-        Through memoryviews: between two tokens nothing of NumPy is in a cache.
+        An item at a time, through memoryviews: between two tokens nothing of NumPy is in a cache.
         """
         row = wanted = deepest = 0
-        int32 = self._tokens.format  # "i", or "l" where that is what NumPy calls it
+        tokens, positions, run_of, out_rows, runs = self._descriptor
         for i, part in enumerate(parts):
-            state, n, end = part.state, len(part.ids), row + len(part.ids)
-            self._tokens[row:end] = array(int32, part.ids)
-            self._positions[row:end] = array(int32, range(state.n_past, state.n_past + n))
-            self._run_of[row:end] = array(int32, [i]) * n
-            self._out_rows[wanted : wanted + part.n_wanted] = array(int32, range(end - part.n_wanted, end))
-            record = (row, n, state.n_past, state.addresses_at, state.conv_address)  # in the order of at.RUN_*
+            state, position = part.state, part.state.n_past
+            record = (row, len(part.ids), position, state.addresses_at, state.conv_address)  # in the order of at.RUN_*
             for where, value in enumerate(record, at.RUN_FIELDS * i):
-                self._runs[where] = value
-            row, wanted = end, wanted + part.n_wanted
-            deepest = max(deepest, state.n_past + n)
+                runs[where] = value
+            for token in part.ids:
+                tokens[row], positions[row], run_of[row] = token, position, i
+                row, position = row + 1, position + 1
+            for out_row in range(row - part.n_wanted, row):
+                out_rows[wanted] = out_row
+                wanted += 1
+            deepest = max(deepest, position)
         self.rope.grow(deepest)
         batch = self._batch
         batch[at.N_TOKENS], batch[at.N_OUT], batch[at.N_RUNS] = row, wanted, len(parts)
@@ -232,7 +235,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        return not self._end.alive  # at once when close is called; the team ends when what runs has stopped
+        return self.team.leaving  # at once when close is called; the team ends when what runs has stopped
 
     @property
     def is_elsewhere(self) -> bool:
@@ -256,6 +259,7 @@ class Engine:
 def _end(lock: threading.RLock, team: Team, gguf: GGUFFile, pid: int) -> None:
     """What is left to do for an engine that nobody uses any more, in the process that made it."""
     if os.getpid() == pid:
+        team.leaving = True
         with lock:
             team.close()
             gguf.close()

@@ -42,6 +42,7 @@ class Team:
         self._lead, self._follow, self._dismiss = (kernels[name].entry for name in KERNELS)
         self.n_threads = n_threads
         self.plan = plan
+        self.leaving = False  # to be closed as soon as nothing runs
         self.closed = False
         size = at.WORKERS + at.WORKER_FIELDS * n_threads
         self._memory = np.zeros(size + 8, np.int64)
