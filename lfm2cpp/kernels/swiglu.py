@@ -9,7 +9,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .activation import QK, ask_for_block, find_scale, first_tile, n_groups_of, tile_stride, write_block
+from .activation import (
+    QK,
+    ask_for_block,
+    find_scale,
+    first_tile,
+    n_groups_of,
+    quantize_blocks,
+    tile_stride,
+    write_block,
+)
 from .compiler import device, kernel
 from .math import silu
 from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, totals_nbytes
@@ -21,23 +30,33 @@ from .simd import W, load_f32, store_f32
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
-ROWS = 2 * W  # rows that are finished together
+ROWS = 2 * W  # rows of a unit
+ROWS_AT_ONCE = 8 * ROWS  # of one token, that are finished together: what waits long for a few numbers waits together
 
 
 @device
-def finish_rows(gate, up, hidden, act, t, count, row, n_rows, one_token):
-    """hidden = silu(gate) * up for ROWS rows from `row` on of tokens t .. t + count - 1; then their block of `act`.
+def finish_token(gate, up, hidden, act, row, last, n_rows):
+    """hidden = silu(gate) * up for rows row .. last - 1 of one token; then their blocks of `act`."""
+    for i in range(0, 4 * (last - row), 4 * W):
+        store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
+    if act:
+        quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), 0, True)
+    if hidden:
+        for i in range(0, 4 * (last - row), 4):
+            store_scalar(hidden + 4 * row + i, load_scalar(gate + i))
 
-    gate, up: SUMS bytes a token.
-    """
+
+@device
+def finish_tile(gate, up, hidden, act, t, count, row, n_rows):
+    """The same for ROWS rows from `row` on of tokens t .. t + count - 1; gate, up: SUMS bytes a token."""
     n_groups = n_groups_of(n_rows)
     for i in range(0, count * SUMS, 4 * W):
         store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
     if act:
         for i in range(count):
-            find_scale(gate + i * SUMS, act, n_groups, t + i, row // QK, one_token)
+            find_scale(gate + i * SUMS, act, n_groups, t + i, row // QK, False)
         for i in range(count):
-            write_block(gate + i * SUMS, act, n_groups, t + i, row // QK, one_token)
+            write_block(gate + i * SUMS, act, n_groups, t + i, row // QK, False)
     if hidden:
         for i in range(count):
             for j in range(0, 4 * min(ROWS, n_rows - row), 4):
@@ -48,16 +67,24 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
     decode_rows = make_decode(weights)
 
     @device
-    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, count, following, scratch):
-        """`count` rows from `row` on, ROWS at most, by one token; those from `following` on are this thread's next."""
+    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, nth, work, scratch):
+        """The rows that this thread takes, by one token."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
-        up_sums = gate_sums + SUMS
-        gate_rows, up_rows, nbytes = gate + row * row_bytes, up + row * row_bytes, ROWS * row_bytes
-        far = distance(gate_rows, nbytes, up_rows)
-        decode_rows(gate_rows, row_bytes, count, n, x, gate_sums, 0, 0, count, far, scratch)
-        far = distance(up_rows, nbytes, gate + following * row_bytes)
-        decode_rows(up_rows, row_bytes, count, n, x, up_sums, 0, 0, count, far, scratch)
-        finish_rows(gate_sums, up_sums, hidden, act, 0, 1, row, n_rows, True)
+        up_sums = gate_sums + 4 * ROWS_AT_ONCE
+        nbytes = ROWS * row_bytes
+        first, last = take_rows(work, n_rows, nth, ROWS)
+        row = first  # the sums from `first` on are not finished
+        while row < last:
+            end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
+            gate_rows, up_rows, at = gate + row * row_bytes, up + row * row_bytes, 4 * (row - first)
+            far = distance(gate_rows, nbytes, up_rows)
+            decode_rows(gate_rows, row_bytes, end - row, n, x, gate_sums + at, 0, 0, end - row, far, scratch)
+            far = distance(up_rows, nbytes, gate + following * row_bytes)
+            decode_rows(up_rows, row_bytes, end - row, n, x, up_sums + at, 0, 0, end - row, far, scratch)
+            if end == last or end - first == ROWS_AT_ONCE:
+                finish_token(gate_sums, up_sums, hidden, act, first, end, n_rows)
+                first = following
+            row, last = following, following_last
 
     return decode_swiglu
 
@@ -77,7 +104,7 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
         if n_tokens <= FEW_TOKENS:
             by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, x, n_tokens, gate_sums)
             by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, x, n_tokens, up_sums)
-            finish_rows(gate_sums, up_sums, hidden, act, 0, n_tokens, row, n_rows, False)
+            finish_tile(gate_sums, up_sums, hidden, act, 0, n_tokens, row, n_rows)
             return
         up_panel = panel + n // 32 * panel_block
         unpack(gate + first, row_bytes, n_rows - row, n, panel, gate + coming)
@@ -88,7 +115,7 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
                 ask_for_block(act, n_groups_of(n_rows), t, row // QK)
             by_tile(panel, n, x, count, gate_sums)
             by_tile(up_panel, n, x, count, up_sums)
-            finish_rows(gate_sums, up_sums, hidden, act, t, count, row, n_rows, False)
+            finish_tile(gate_sums, up_sums, hidden, act, t, count, row, n_rows)
             x += tile_stride(n_groups_of(n))
 
     return prefill_swiglu
@@ -105,11 +132,7 @@ def make_swiglu(weights: ModuleType) -> Any:
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 1:
-            row, last = take_rows(work, n_rows, nth, ROWS)
-            while row < last:
-                end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
-                decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, end - row, following, mine)
-                row, last = following, following_last
+            decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, nth, work, mine)
             return
         x = first_tile(x, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS
