@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import LFM2Error, UsageError
 from .kernels.library import NO_RESULT, Kernel, Progress, float_bits, library
-from .kernels.widths import LOGITS_GROUP
+from .kernels.widths import LOGITS_BINS, LOGITS_GROUP
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -151,6 +151,7 @@ class Sampler:
         self._padded = np.full(filled, -np.inf, np.float32)
         self._logits = self._padded[:n]
         self._ids, self._weights = np.empty(filled, np.int32), np.empty(filled, np.float32)
+        self._masses, self._bins = np.empty(filled, np.float32), np.empty(LOGITS_BINS, np.float64)
         self._maxima, self._out = np.empty(n_groups, np.float32), np.zeros(2, np.int64)
         self._biased, self._bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
         kernel, p = _kernel(), self.params
@@ -159,7 +160,8 @@ class Sampler:
             "n_biased": len(bias), "counts": self._counts.obj, "repeat": float(p.repeat_penalty),
             "frequency": float(p.frequency_penalty), "presence": float(p.presence_penalty), "top_k": p.top_k,
             "top_p": float(p.top_p), "log_min_p": math.log(p.min_p) if p.min_p > 0 else -math.inf,
-            "temp": 0.0 if p.greedy else float(p.temp), "ids": self._ids, "values": self._weights, "out": self._out,
+            "temp": 0.0 if p.greedy else float(p.temp), "ids": self._ids, "values": self._weights,
+            "masses": self._masses, "bins": self._bins, "out": self._out,
         }  # fmt: skip
         row = np.array([_as_int64(args.get(name, 0)) for name in kernel.params], np.int64)
         self._entry, self._row_address = kernel.entry, row.ctypes.data

@@ -12,13 +12,14 @@ from __future__ import annotations
 from .compiler import F32, device, kernel
 from .math import exp
 from .scalar import load_f32 as load_scalar
-from .scalar import load_i32, store_i32, store_i64
+from .scalar import load_f64, load_i32, store_f64, store_i32, store_i64
 from .scalar import store_f32 as store_scalar
 from .simd import W, fma, keep_first, load_f32, max_lanes, maximum, splat_f32, store_f32, sum_lanes
-from .widths import LOGITS_GROUP
+from .widths import LOGITS_BINS, LOGITS_GROUP
 
 LOWEST = -3.4028234663852886e38  # a finite float32; -inf marks what may not be chosen
 UNIT = 2.0**-53
+BINS_A_UNIT = 32  # of logits: the last bin begins 16 below the best
 WORST_FIRST, BEST_FIRST = 1, -1  # orders of a heap
 
 
@@ -146,26 +147,69 @@ def sum_of_exp(x, n, best):
 
 
 @device
-def keep_nucleus(ids, values, n, best, mass):
-    """Of n candidates the best that together have `mass`, the best itself having 1. Returns where they begin: the
-    others stand before them."""
-    make_heap(ids, values, n, BEST_FIRST)
-    found, first = 0.0, n
-    while first > 0 and (first == n or found < mass):
-        first -= 1
-        token, value = load_i32(ids), load_scalar(values)
-        put(ids, values, 0, load_i32(ids + 4 * first), load_scalar(values + 4 * first))
-        put(ids, values, first, token, value)
-        sift_down(ids, values, 0, first, BEST_FIRST)
-        found += max_lanes(exp(splat_f32(value - best)))
-    return first
+def bin_of(value, best):
+    """0 for the best logits, the higher the worse they are."""
+    return int(min((best - value) * BINS_A_UNIT, LOGITS_BINS - 1))
 
 
 @device
-def drop_below(ids, values, first, n, floor):
-    """Candidates first .. n - 1 that reach `floor` move to the front. Returns how many."""
+def find_border(values, n, best, mass, masses, bins):
+    """The bin in which the best of n candidates reach `mass`, the best itself having 1: (bin, mass before it)."""
+    for i in range(0, n, W):
+        store_f32(masses + 4 * i, exp(load_f32(values + 4 * i) - splat_f32(best)))
+    for i in range(LOGITS_BINS):
+        store_f64(bins + 8 * i, 0.0)
+    for i in range(n):
+        at = bins + 8 * bin_of(load_scalar(values + 4 * i), best)
+        store_f64(at, load_f64(at) + load_scalar(masses + 4 * i))
+    border, before = 0, 0.0
+    while border < LOGITS_BINS - 1 and before + load_f64(bins + 8 * border) < mass:
+        before += load_f64(bins + 8 * border)
+        border += 1
+    return border, before
+
+
+@device
+def swap(ids, values, i, j):
+    token, value = load_i32(ids + 4 * i), load_scalar(values + 4 * i)
+    put(ids, values, i, load_i32(ids + 4 * j), load_scalar(values + 4 * j))
+    put(ids, values, j, token, value)
+
+
+@device
+def keep_nucleus(ids, values, n, best, mass, masses, bins):
+    """Of n candidates the best that together have `mass`, or the best one. Returns where they stand: (first, end).
+
+    Only the bin in which they end has to be sorted, and as far as they go.
+    """
+    border, found = find_border(values, n, best, mass, masses, bins)
+    end = 0
+    for i in range(n):
+        value = load_scalar(values + 4 * i)
+        if bin_of(value, best) <= border:
+            put(ids, values, end, load_i32(ids + 4 * i), value)
+            end += 1
+    first, i = end, 0  # those before the border move behind those on it
+    while i < first:
+        if bin_of(load_scalar(values + 4 * i), best) == border:
+            i += 1
+        else:
+            first -= 1
+            swap(ids, values, i, first)
+    make_heap(ids, values, first, BEST_FIRST)
+    while first > 0 and (first == end or found < mass):
+        first -= 1
+        swap(ids, values, 0, first)
+        found += max_lanes(exp(splat_f32(load_scalar(values + 4 * first) - best)))
+        sift_down(ids, values, 0, first, BEST_FIRST)
+    return first, end
+
+
+@device
+def drop_below(ids, values, first, end, floor):
+    """Candidates first .. end - 1 that reach `floor` move to the front. Returns how many."""
     count = 0
-    for i in range(first, n):
+    for i in range(first, end):
         value = load_scalar(values + 4 * i)
         if value >= floor:
             put(ids, values, count, load_i32(ids + 4 * i), value)
@@ -174,7 +218,7 @@ def drop_below(ids, values, first, n, floor):
 
 
 @device
-def keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values):
+def keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values, masses, bins):
     """The candidates that top-k, top-p and min-p leave. Returns how many."""
     floor = max(best + log_min_p, LOWEST)
     if 0 < top_k < n:
@@ -183,8 +227,10 @@ def keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values):
     else:  # min-p first: what it drops counts in top-p's total, but could not be chosen anyway
         count = keep_at_least(x, n, maxima, floor, ids, values)
         total = sum_of_exp(x, n, best) if top_p < 1 else 0.0
-    first = keep_nucleus(ids, values, count, best, top_p * total) if top_p < 1 else 0
-    return drop_below(ids, values, first, count, floor)
+    first, end = 0, count
+    if top_p < 1:
+        first, end = keep_nucleus(ids, values, count, best, top_p * total, masses, bins)
+    return drop_below(ids, values, first, end, floor)
 
 
 @device
@@ -212,7 +258,7 @@ def choose(ids, values, n, border):
 
 @kernel
 def sample(x, n, maxima, biased, bias, n_biased, recent, n_recent, counts, repeat: F32, frequency: F32, presence: F32,
-           top_k, top_p: F32, log_min_p: F32, temp: F32, draw, ids, values, out):  # fmt: skip
+           top_k, top_p: F32, log_min_p: F32, temp: F32, draw, ids, values, masses, bins, out):  # fmt: skip
     """Candidates of n logits, in ids and values (their weights); out = (how many, the id that is chosen).
 
     x is changed: the logits, filled up with -inf to whole groups. Penalties are for the n_recent ids at `recent`, which
@@ -234,7 +280,7 @@ def sample(x, n, maxima, biased, bias, n_biased, recent, n_recent, counts, repea
         if temp == 0:
             count = min(keep_at_least(x, n, maxima, best, ids, values), 1)
         else:
-            count = keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values)
+            count = keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values, masses, bins)
     total = weigh(values, count, best, temp if temp > 0 else 1.0)
     store_i64(out, count)
     store_i64(out + 8, choose(ids, values, count, draw * UNIT * total))

@@ -19,7 +19,7 @@ from .portable import float_to_half, half_to_float, multiply_add
 Convert = Callable[[ir.IRBuilder, ir.Value, ir.Type], ir.Value]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-HALF, FLOAT = ir.HalfType(), ir.FloatType()
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, pointee: ir.Type) -> ir.Value:
@@ -57,12 +57,14 @@ load_u16 = _loader(I16, types.int64, ir.IRBuilder.zext, "uint16 at address, as i
 load_u8 = _loader(I8, types.int64, ir.IRBuilder.zext, "uint8 at address, as int64")
 load_i8 = _loader(I8, types.int64, ir.IRBuilder.sext, "int8 at address, as int64")
 load_f32 = _loader(FLOAT, types.float32, None, "float32 at address")
+load_f64 = _loader(DOUBLE, types.float64, None, "float64 at address")
 load_f16 = _loader(HALF, types.float32, half_to_float, "float16 at address, as float32")
 store_i64 = _storer(I64, types.int64, None, "int64 to address")
 store_i32 = _storer(I32, types.int64, ir.IRBuilder.trunc, "int64 to an int32 at address")
 store_i16 = _storer(I16, types.int64, ir.IRBuilder.trunc, "int64 to an int16 at address")
 store_i8 = _storer(I8, types.int64, ir.IRBuilder.trunc, "int64 to an int8 at address")
 store_f32 = _storer(FLOAT, types.float32, None, "float32 to address")
+store_f64 = _storer(DOUBLE, types.float64, None, "float64 to address")
 store_f16 = _storer(HALF, types.float32, float_to_half, "float32 to a float16 at address, to nearest even")
 
 

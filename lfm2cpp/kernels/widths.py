@@ -23,6 +23,7 @@ ACT_Z32_HIGH = 52 * W
 ACT_GROUP = 56 * W
 
 LOGITS_GROUP = 8 * W  # logits of which a sampler knows the largest
+LOGITS_BINS = 512  # by which it finds where a share of all probability ends
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line
