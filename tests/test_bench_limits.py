@@ -16,6 +16,7 @@ from lfm2cpp.benchmark.limits import OPERANDS, READ_STEP, VECTOR, best_seconds, 
 from lfm2cpp.benchmark.random_model import write_random_model
 from lfm2cpp.benchmark.shapes import find_shape
 from lfm2cpp.cli.bench import bench
+from lfm2cpp.engine.engine import Engine
 from lfm2cpp.kernels.library import library
 
 MAX_FMA_ERROR = 1e-5  # relative to the sum of magnitudes, float32
@@ -131,6 +132,26 @@ def test_profile_adds_up(tmp_path: Path) -> None:
         ops_ns = profile["ops_share"] * profile["step_ns"]
         assert sum(op["ns"] for op in profile["ops"]) == pytest.approx(ops_ns, rel=1e-3)
         assert profile["limits"]["n_threads"] == profile["n_threads"]
+
+
+def test_a_profile_has_a_row_a_replay_and_ends_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_random_model(path, find_shape("350M,n_embd=256,n_layer=2,attention=1,n_ff=256,n_vocab=512"), "Q4_0")
+    with Engine(path, n_ctx=512, n_batch=16) as engine:
+        sequence = engine.sequence()
+
+        def rows(n_replays: int, tokens: int) -> list[int]:
+            engine.team.start_profile(n_replays)
+            for _ in range(tokens):
+                engine.evaluate([(sequence, [5])])
+            return engine.team.stop_profile().sum(axis=1).tolist()
+
+        assert rows(3, 0) == []
+        assert [ns > 0 for ns in rows(3, 2)] == [True] * 2
+        assert [ns > 0 for ns in rows(3, 5)] == [True] * 3
+        engine.team.start_profile(9)
+        engine.evaluate([(sequence, [5] * 40)])  # steps of 16, each in slices
+        assert engine.team.stop_profile().shape == (3, len(engine.plan.ops))
 
 
 @pytest.mark.usefixtures("small_buffer")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -150,20 +151,21 @@ class Runner:
     def __init__(self, engine: Engine, base: Sequence) -> None:
         self.engine, self.base = engine, base
 
-    def run(self, n_prompt: int, n_gen: int) -> int:
-        """Nanoseconds that evaluating takes."""
+    def run(self, n_prompt: int, n_gen: int) -> list[int]:
+        """Nanoseconds that each evaluation takes: the prompt's, then every token's."""
         sequence = self.base.fork()
         evaluate = self.engine.evaluate
         tokens = random_tokens(n_prompt + n_gen, self.engine.n_vocab)
         prompt, generated = tokens[:n_prompt], tokens[n_prompt:]
-        began = time.perf_counter_ns()
+        marks = [time.perf_counter_ns()]
         if prompt:
             evaluate([(sequence, prompt)])
+            marks.append(time.perf_counter_ns())
         for token in generated:
             evaluate([(sequence, [token])])
-        elapsed = time.perf_counter_ns() - began
+            marks.append(time.perf_counter_ns())
         sequence.close()
-        return elapsed
+        return [end - begin for begin, end in pairwise(marks)]
 
 
 def _run_test(
@@ -174,7 +176,7 @@ def _run_test(
         runner.run(test.n_prompt, min(test.n_gen, 1))
     for _ in range(repetitions):
         gc.collect()
-        result.samples_ns.append(runner.run(test.n_prompt, test.n_gen))
+        result.samples_ns.append(sum(runner.run(test.n_prompt, test.n_gen)))
     return result
 
 

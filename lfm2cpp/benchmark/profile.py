@@ -7,10 +7,11 @@ second.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.engine.plan import Op
@@ -43,7 +44,10 @@ class Kind:
 
 @dataclass
 class Profile:
-    """One step (a token of decode, or a whole prompt) on average. `read_bytes_per_s` is the bandwidth compared with."""
+    """A step (a token of decode, or a whole prompt): the mean of the middle half of `n_steps` by time.
+
+    Now and then something else holds a step up for long. `read_bytes_per_s` is the bandwidth compared with.
+    """
 
     setup: Setup
     test: Test
@@ -129,13 +133,13 @@ def _profile_test(engine: Engine, base: Sequence, test: Test, repetitions: int) 
     """How many steps, nanoseconds a step, and where they went."""
     runner = Runner(engine, base)
     runner.run(test.n_prompt, min(test.n_gen, 1))
-    n_steps = repetitions * (1 if test.n_prompt else test.n_gen)
-    engine.team.profile(True)
-    began = time.perf_counter_ns()
-    inside = sum(runner.run(test.n_prompt, test.n_gen) for _ in range(repetitions))
-    assert inside <= time.perf_counter_ns() - began
-    times = engine.team.profile(False)
-    return n_steps, inside / n_steps, _kinds(engine, times.tolist(), test, n_steps)
+    engine.team.start_profile(repetitions * (test.n_prompt or test.n_gen))  # at most so many replays
+    steps_ns = [ns for _ in range(repetitions) for ns in runner.run(test.n_prompt, test.n_gen)]
+    replays = engine.team.stop_profile()
+    n_steps, n_ops = len(steps_ns), len(engine.plan.ops)
+    ns_by_op = replays.reshape(n_steps, -1, n_ops).sum(axis=1)  # a prompt may take several replays
+    middle = np.argsort(steps_ns)[n_steps // 4 : n_steps - n_steps // 4]
+    return n_steps, float(np.mean(np.array(steps_ns)[middle])), _kinds(engine, ns_by_op[middle].mean(axis=0), test)
 
 
 def _weights_read_rate(engine: Engine, n_threads: int) -> float:
@@ -148,16 +152,16 @@ def _weights_read_rate(engine: Engine, n_threads: int) -> float:
     return read_rate(first, last - first, n_threads, READ_ROUNDS + 1)
 
 
-def _kinds(engine: Engine, ns_by_op: list[int], test: Test, n_steps: int) -> list[Kind]:
+def _kinds(engine: Engine, ns_by_op: np.ndarray, test: Test) -> list[Kind]:
     """Times and costs of one step by label, the longest first."""
     n_tokens = test.n_prompt or 1
     n_chunks = -(-n_tokens // engine.n_batch)
     context = test.n_depth + (test.n_prompt or test.n_gen) / 2  # tokens that attention sees, on average
     kinds: dict[str, Kind] = {}
-    for op, ns in zip(engine.plan.ops, ns_by_op, strict=True):
+    for op, ns in zip(engine.plan.ops, ns_by_op.tolist(), strict=True):
         kind = kinds.setdefault(op.label, Kind(op.label))
         kind.n_ops += 1
-        kind.ns += ns / n_steps
+        kind.ns += ns
         rows = 1 if op.args.get("count") == engine.plan.out_rows else n_tokens
         kind.macs += op.macs * rows
         kind.nbytes += op.nbytes * (n_tokens if op.label == "get_rows" else n_chunks)
@@ -181,8 +185,9 @@ def table(profile: Profile) -> str:
     total, step = profile.total, profile.step_ns
     what = "token" if profile.test.n_gen else "prompt"
     threads = f"{profile.setup.n_threads} thread{'s'[: profile.setup.n_threads > 1]}"
+    how = f"mean of the middle half of {profile.n_steps}"
     lines = [
-        f"{profile.model.type}, {threads}, {profile.test.name}: {_time(step)} a {what}, mean of {profile.n_steps}",
+        f"{profile.model.type}, {threads}, {profile.test.name}: {_time(step)} a {what}, {how}",
         "",
         "| op             |  ops |      time |   share |     bytes |   GB/s |      MAC |  G MAC/s | of limit |",
         "| -------------- | ---: | --------: | ------: | --------: | -----: | -------: | -------: | -------: |",

@@ -55,7 +55,8 @@ class Team:
         self._shared[at.CLOCK] = _c_function("clock_gettime")
         self._shared[at.ACQUIRE_LOCK] = _address(ctypes.pythonapi.PyThread_acquire_lock)
         self._shared[at.RELEASE_LOCK] = _address(ctypes.pythonapi.PyThread_release_lock)
-        self._profile = np.zeros(len(plan.ops), np.int64)
+        self._shared[at.N_OPS] = len(plan.ops)
+        self._profile = np.zeros((0, len(plan.ops)), np.int64)
         self._lead_args = np.array([self._base, n_threads], np.int64)
         self._lead_row = self._lead_args.ctypes.data
         self._worker_args = [np.array([self._base, i, n_threads], np.int64) for i in range(n_threads)]
@@ -76,12 +77,18 @@ class Team:
         self._shared[at.FIRST_OP], self._shared[at.LAST_OP] = first_op, last_op
         self._lead(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
 
-    def profile(self, on: bool) -> np.ndarray:
-        """Switch timing on or off; returns the nanoseconds an op has taken since it was switched on."""
-        times = self._profile.copy()
-        self._profile[:] = 0
-        self._shared[at.PROFILE] = self._profile.ctypes.data if on and self._shared[at.CLOCK] else 0
-        return times
+    def start_profile(self, n_replays: int) -> None:
+        """Time every op of the next n_replays replays of the whole plan."""
+        self._profile = np.zeros((n_replays, len(self.plan.ops)), np.int64)
+        self._shared[at.PROFILE] = self._profile.ctypes.data if self._shared[at.CLOCK] else 0
+        self._shared[at.PROFILE_END] = self._profile.ctypes.data + self._profile.nbytes
+
+    def stop_profile(self) -> np.ndarray:
+        """Nanoseconds of each op since start_profile, (replays that have ended, ops)."""
+        row = int(self._shared[at.PROFILE])
+        ended = (row - self._profile.ctypes.data) // (8 * len(self.plan.ops)) if row else len(self._profile)
+        self._shared[at.PROFILE] = 0
+        return self._profile[:ended]
 
     def close(self) -> None:
         """End the threads. Safe to call twice; nothing can be run afterwards."""

@@ -31,6 +31,7 @@ from .team_layout import (
     GENERATION,
     LAST_OP,
     LOCK,
+    N_OPS,
     NO_RESULT,
     OP_ARGS,
     OP_FIELDS,
@@ -41,6 +42,7 @@ from .team_layout import (
     PARKED,
     PHASE,
     PROFILE,
+    PROFILE_END,
     RELEASE_LOCK,
     RUNNING,
     SEEN,
@@ -93,8 +95,11 @@ def replay_slice(team, ith, nth):
             barrier(team, nth)  # also at the end: then nobody is still at work, or about to look what there is to do
         if profile:
             now = read_clock(team)
-            store_i64(profile + 8 * i, load_i64(profile + 8 * i) + now - began)
+            store_i64(profile + 8 * i, now - began)
             began = now
+    if profile and last == load_i64(team + 8 * N_OPS):
+        next_row = profile + 8 * last
+        store_i64(team + 8 * PROFILE, next_row if next_row < load_i64(team + 8 * PROFILE_END) else 0)
 
 
 @device

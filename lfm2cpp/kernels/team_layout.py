@@ -15,10 +15,12 @@ LAST_OP = 27
 NO_RESULT = 28  # where kernels leave their empty result
 YIELD = 29  # address of sched_yield or the like
 CLOCK = 30  # address of clock_gettime
-PROFILE = 31  # address of int64 nanoseconds an op, or 0
+PROFILE = 31  # address of a row of int64, nanoseconds an op, or 0
 TIMESPEC = 32  # two fields
 ACQUIRE_LOCK = 34  # address of PyThread_acquire_lock
 RELEASE_LOCK = 35  # address of PyThread_release_lock
+N_OPS = 36  # of the plan, and of a row of the profile
+PROFILE_END = 37  # where the rows of the profile end
 WORKERS = 40  # then WORKER_FIELDS a worker, the first one (the leader's) unused
 WORKER_FIELDS = 16
 
