@@ -180,7 +180,7 @@ class _Run:
         self.started = time.perf_counter()
         try:
             logits = self._prefill(prompt)
-            self.sampler.accept(prompt)
+            self.sampler.accept(prompt)  # ids that the engine has looked at
             self.prompt_done = time.perf_counter()
             reason, detail = self._decode(logits)
         except KeyboardInterrupt:

@@ -138,16 +138,16 @@ class Sampler:
         while n_real and n_real - 1 in banned:
             n_real -= 1
         self._history = array("i")
-        self._counts = memoryview(np.zeros(n_vocab, np.intc))  # of the ids that penalties look at
+        self._counts = memoryview(np.zeros(n_vocab, np.intc))  # how often each id is among those penalties look at
         self._penalizes = params.repeat_last_n != 0 and (
             params.repeat_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        self._make_buffers(n_real, _bias(params.logit_bias or {}, banned, n_vocab, n_real))
+        self._make_buffers(n_real, _added(params.logit_bias or {}, banned, n_vocab, n_real))
 
     def _make_buffers(self, n: int, bias: Mapping[int, float]) -> None:
         """What the kernel reads and writes, and the row of its arguments."""
         n_groups = -(-n // LOGITS_GROUP)
-        filled = (n_groups + 1) * LOGITS_GROUP
+        filled = max(1, n_groups) * LOGITS_GROUP + LOGITS_GROUP  # vectors may begin anywhere before the end
         self._padded = np.full(filled, -np.inf, np.float32)
         self._logits = self._padded[:n]
         self._ids, self._weights = np.empty(filled, np.int32), np.empty(filled, np.float32)
@@ -156,24 +156,30 @@ class Sampler:
         self._biased, self._bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
         kernel, p = _kernel(), self.params
         args = {
+            "recent": 0, "n_recent": 0, "draw": 0,  # of each call
             "x": self._padded, "n": n, "maxima": self._maxima, "biased": self._biased, "bias": self._bias,
             "n_biased": len(bias), "counts": self._counts.obj, "repeat": float(p.repeat_penalty),
             "frequency": float(p.frequency_penalty), "presence": float(p.presence_penalty), "top_k": p.top_k,
-            "top_p": float(p.top_p), "log_min_p": math.log(p.min_p) if p.min_p > 0 else -math.inf,
+            "top_p": int(p.top_p * 2**53), "log_min_p": math.log(p.min_p) if p.min_p > 0 else -math.inf,
             "temp": 0.0 if p.greedy else float(p.temp), "ids": self._ids, "values": self._weights,
             "masses": self._masses, "bins": self._bins, "out": self._out,
         }  # fmt: skip
-        row = np.array([_as_int64(args.get(name, 0)) for name in kernel.params], np.int64)
+        row = np.array([_as_int64(args[name]) for name in kernel.params], np.int64)
         self._entry, self._row_address = kernel.entry, row.ctypes.data
         self._row, self._result = memoryview(row), memoryview(self._out)
         self._recent_at, self._n_recent_at, self._draw_at = map(kernel.params.index, ("recent", "n_recent", "draw"))
 
     def accept(self, token_ids: Iterable[int]) -> None:
-        """Tokens that are now part of the text: the prompt first, then each token chosen."""
+        """Tokens that are now part of the text: the prompt first, then each token chosen.
+
+        Raises UsageError for an id that is not in the vocabulary.
+        """
         if not self._penalizes:
             return
         last_n, history, counts = self.params.repeat_last_n, self._history, self._counts
         for token_id in token_ids:
+            if not 0 <= token_id < self._n_vocab:
+                raise UsageError(f"token id {token_id} is outside the vocabulary, 0..{self._n_vocab - 1}")
             history.append(token_id)
             counts[token_id] += 1
             if 0 <= last_n < len(history):
@@ -195,20 +201,20 @@ class Sampler:
         self._entry(NO_RESULT, NO_RESULT, self._row_address, 0, 0, 1)
         count, token_id = self._result
         if count < 0:
-            raise NonFiniteLogits(f"non-finite logits (token {token_id}: {logits[token_id]})")
+            raise NonFiniteLogits(f"non-finite logits (token {token_id}: {self._logits[token_id]})")
         if count == 0:
             why = "is forbidden by logit_bias or a mask" if len(self._logits) else "of the vocabulary is unused"
             raise NothingAllowed(f"every token {why}")
         return token_id
 
     def candidates(self, logits: F32) -> tuple[I32, F64]:
-        """The ids that `sample` would have chosen from, in no order, and their probabilities."""
+        """The ids that `sample` chooses from, in no order, and their probabilities. Draws, as `sample` does."""
         self.sample(logits)
         weights = self._weights[: self._out[0]].astype(np.float64)
         return self._ids[: self._out[0]].copy(), weights / weights.sum()
 
 
-def _bias(bias: Mapping[int, float], banned: set[int], n_vocab: int, n_real: int) -> dict[int, float]:
+def _added(bias: Mapping[int, float], banned: set[int], n_vocab: int, n_real: int) -> dict[int, float]:
     """What to add to logits, by id; banned ids get -inf."""
     for token_id in bias:
         if token_id >= n_vocab:

@@ -232,6 +232,28 @@ def test_values_at_the_edge_work(params: dict[str, Any]) -> None:
     assert 0 <= s.sample(np.linspace(0, 1, 50, dtype=np.float32)) < 50
 
 
+@pytest.mark.parametrize("token_id", [-1, 5, 2**30])
+def test_ids_outside_the_vocabulary_are_refused_and_forgotten(token_id: int) -> None:
+    s = sampler(5, temp=0.0, presence_penalty=5.0)
+    with pytest.raises(UsageError, match=f"token id {token_id} is outside the vocabulary, 0..4"):
+        s.accept([1, token_id, 3])
+    assert s.sample(np.array([0, 1, 0.5, 0.25, 0], np.float32)) == 2
+
+
+@pytest.mark.parametrize("params", [{}, {"min_p": 0.5, "top_p": 0.5}, {"top_p": 0.5}, {"temp": 0.0}], ids=str)
+@pytest.mark.parametrize("repeat_penalty", [1e-38, 1e-50])
+def test_the_smallest_penalties_leave_finite_logits(params: dict[str, Any], repeat_penalty: float) -> None:
+    s = sampler(4, banned=[2], repeat_penalty=repeat_penalty, **params)
+    s.accept([1, 2])
+    assert s.sample(np.array([1, 20, 3, 2], np.float32)) == 1
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
+def test_top_p_is_not_rounded(top_p: float) -> None:
+    ids, _ = sampler(10, top_p=top_p).candidates(np.zeros(10, np.float32))
+    assert sorted(ids) == list(range(round(10 * top_p)))
+
+
 def test_bias_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(UsageError, match="logit_bias names token 10, expected an id from 0 to 9"):
         sampler(10, logit_bias={10: 1.0})

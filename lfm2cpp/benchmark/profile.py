@@ -133,13 +133,18 @@ def _profile_test(engine: Engine, base: Sequence, test: Test, repetitions: int) 
     """How many steps, nanoseconds a step, and where they went."""
     runner = Runner(engine, base)
     runner.run(test.n_prompt, min(test.n_gen, 1))
-    engine.team.start_profile(repetitions * (test.n_prompt or test.n_gen))  # at most so many replays
-    steps_ns = [ns for _ in range(repetitions) for ns in runner.run(test.n_prompt, test.n_gen)]
-    replays = engine.team.stop_profile()
-    n_steps, n_ops = len(steps_ns), len(engine.plan.ops)
-    ns_by_op = replays.reshape(n_steps, -1, n_ops).sum(axis=1)  # a prompt may take several replays
+    steps_ns: list[int] = []
+    ns_by_op: list[np.ndarray] = []
+    for _ in range(repetitions):
+        engine.team.start_profile(test.n_prompt or test.n_gen)  # a replay a token, at most
+        steps = runner.run(test.n_prompt, test.n_gen)
+        replays = engine.team.stop_profile()
+        steps_ns += steps
+        ns_by_op += list(replays.reshape(len(steps), -1, replays.shape[1]).sum(axis=1))
+    n_steps = len(steps_ns)
     middle = np.argsort(steps_ns)[n_steps // 4 : n_steps - n_steps // 4]
-    return n_steps, float(np.mean(np.array(steps_ns)[middle])), _kinds(engine, ns_by_op[middle].mean(axis=0), test)
+    kinds = _kinds(engine, np.array(ns_by_op)[middle].mean(axis=0), test)
+    return n_steps, float(np.array(steps_ns)[middle].mean()), kinds
 
 
 def _weights_read_rate(engine: Engine, n_threads: int) -> float:

@@ -99,7 +99,8 @@ class Engine:
         for number, buffer in zip((at.TOKENS, at.POSITIONS, at.RUN_OF, at.RUNS), buffers, strict=True):
             batch[number] = buffer.ctypes.data
         out_rows = self.plan.int32_view(int(batch[at.OUT_ROWS]))
-        self._descriptor = [memoryview(array) for array in (*buffers[:3], out_rows, buffers[3])]
+        tokens, positions, run_of, runs = buffers
+        self._descriptor = [memoryview(array) for array in (tokens, positions, run_of, out_rows, runs)]
         self._batch, self._out = memoryview(batch), memoryview(compiled.out)
         of_all_rows = [op for op in ops if op.args.get("count") != self.plan.out_rows]
         few, many = (step_tokens(some, n, self.n_threads) for some in (of_all_rows, ops))
@@ -209,7 +210,7 @@ class Engine:
     def _describe(self, parts: list[Part]) -> tuple[int, int]:
         """Write the batch descriptor; return how many tokens it has, and how many rows of logits.
 
-        An item at a time, through memoryviews: between two tokens nothing of NumPy is in a cache.
+        An item at a time, through memoryviews: NumPy is slow after a step, which has left nothing of it in a cache.
         """
         row = wanted = deepest = 0
         tokens, positions, run_of, out_rows, runs = self._descriptor
@@ -258,8 +259,8 @@ class Engine:
 
 def _end(lock: threading.RLock, team: Team, gguf: GGUFFile, pid: int) -> None:
     """What is left to do for an engine that nobody uses any more, in the process that made it."""
+    team.leaving = True
     if os.getpid() == pid:
-        team.leaving = True
         with lock:
             team.close()
             gguf.close()

@@ -42,7 +42,7 @@ class Team:
         self._lead, self._follow, self._dismiss = (kernels[name].entry for name in KERNELS)
         self.n_threads = n_threads
         self.plan = plan
-        self.leaving = False  # to be closed as soon as nothing runs
+        self.leaving = False  # set by whoever is going to close it as soon as nothing runs
         self.closed = False
         size = at.WORKERS + at.WORKER_FIELDS * n_threads
         self._memory = np.zeros(size + 8, np.int64)
@@ -78,7 +78,8 @@ class Team:
         self._lead(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
 
     def start_profile(self, n_replays: int) -> None:
-        """Time every op of the next n_replays replays of the whole plan."""
+        """Time every op of the next n_replays replays of the whole plan, and of no more; at least one."""
+        assert n_replays > 0, "a replay's times would have no row"
         self._profile = np.zeros((n_replays, len(self.plan.ops)), np.int64)
         self._shared[at.PROFILE] = self._profile.ctypes.data if self._shared[at.CLOCK] else 0
         self._shared[at.PROFILE_END] = self._profile.ctypes.data + self._profile.nbytes

@@ -1,13 +1,15 @@
 """Choosing a token: a row of logits -> the ids that may be chosen, their weights, and one of them.
 
-One call a token. After a step nothing of NumPy is in a cache, and each of its functions takes 10 us instead of 1:
-the twenty that this took before were 4 % of a decode step of the 350M model.
+One call a token. A decode step leaves the caches full of weights, and a NumPy function then takes 10 us instead of 1:
+the twenty that this took before were 4 % of a step of the 350M model.
 
 The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, and the temperature last. A vocabulary has 65,536 ids or
 more, so nothing here sorts all of it. A candidate is an id and its logit, in two arrays.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from .compiler import F32, device, kernel
 from .math import exp
@@ -28,7 +30,7 @@ def find_non_finite(x, n):
     """The first of n logits that is NaN or infinite, or -1."""
     sums, whole = splat_f32(0.0), n // W * W
     for i in range(0, whole, W):
-        sums = fma(load_f32(x + 4 * i), splat_f32(0.0), sums)  # NaN from the first such lane on
+        sums = fma(load_f32(x + 4 * i), splat_f32(0.0), sums)  # 0 times NaN and 0 times infinity are NaN
     first = 0 if sum_lanes(sums) != 0 else whole
     for i in range(first, n):
         if load_scalar(x + 4 * i) * 0 != 0:
@@ -38,14 +40,17 @@ def find_non_finite(x, n):
 
 @device
 def penalize(x, n, recent, n_recent, counts, repeat, frequency, presence):
-    """Lower what the text has had lately, once an id: counts[id] says how often. Those dealt with are negated."""
+    """Lower the logit of each id among the n_recent at `recent`, where it stands counts[id] times.
+
+    Once an id: its count is negative until all are done.
+    """
     for i in range(n_recent):
         token = load_i32(recent + 4 * i)
         count = load_i32(counts + 4 * token)
-        if count > 0 and token < n:
-            value = load_scalar(x + 4 * token)
+        value = load_scalar(x + 4 * token) if token < n else np.float32(-np.inf)
+        if count > 0 and value >= LOWEST:
             value = value * repeat if value <= 0 else value / repeat
-            store_scalar(x + 4 * token, value - (count * frequency + presence))
+            store_scalar(x + 4 * token, max(min(value - (count * frequency + presence), -LOWEST), LOWEST))
             store_i32(counts + 4 * token, -count)
     for i in range(n_recent):
         at = counts + 4 * load_i32(recent + 4 * i)
@@ -89,9 +94,8 @@ def keep_at_least(x, n, maxima, floor, ids, values):
 @device
 def comes_before(a, i, b, j, order):
     """Whether the candidate of logit a and id i is before that of b and j. Of equals the lower id is the better one."""
-    if a == b:
-        return (i > j) == (order == WORST_FIRST)
-    return (a < b) == (order == WORST_FIRST)
+    is_better = a > b or (a == b and i < j)
+    return is_better == (order == BEST_FIRST)
 
 
 @device
@@ -139,7 +143,13 @@ def keep_top_k(x, n, maxima, k, ids, values):
 
 
 @device
+def exp_of(value):
+    return max_lanes(exp(splat_f32(value)))
+
+
+@device
 def sum_of_exp(x, n, best):
+    """The sum of exp(logit - best) over n logits or candidates."""
     total = 0.0
     for i in range(0, n, W):
         total += sum_lanes(keep_first(exp(load_f32(x + 4 * i) - splat_f32(best)), n - i, 0.0))
@@ -177,30 +187,40 @@ def swap(ids, values, i, j):
 
 
 @device
-def keep_nucleus(ids, values, n, best, mass, masses, bins):
-    """Of n candidates the best that together have `mass`, or the best one. Returns where they stand: (first, end).
+def part_at_border(ids, values, n, best, border):
+    """Of n candidates those of the bin `border` come first, then those of better bins; the others are dropped.
 
-    Only the bin in which they end has to be sorted, and as far as they go.
+    Returns (how many of the border, how many in all).
     """
-    border, found = find_border(values, n, best, mass, masses, bins)
     end = 0
     for i in range(n):
         value = load_scalar(values + 4 * i)
         if bin_of(value, best) <= border:
             put(ids, values, end, load_i32(ids + 4 * i), value)
             end += 1
-    first, i = end, 0  # those before the border move behind those on it
+    i, first = 0, end
     while i < first:
         if bin_of(load_scalar(values + 4 * i), best) == border:
             i += 1
         else:
             first -= 1
             swap(ids, values, i, first)
+    return first, end
+
+
+@device
+def keep_nucleus(ids, values, n, best, mass, masses, bins):
+    """Of n candidates the best that together have `mass`, or the best one. Returns where they stand: (first, end).
+
+    Only the bin in which they end has to be sorted, and as far as they go.
+    """
+    border, found = find_border(values, n, best, mass, masses, bins)
+    first, end = part_at_border(ids, values, n, best, border)
     make_heap(ids, values, first, BEST_FIRST)
-    while first > 0 and (first == end or found < mass):
+    while first > 0 and (first == end or found < mass):  # the best of the heap goes to where the heap ends
         first -= 1
         swap(ids, values, 0, first)
-        found += max_lanes(exp(splat_f32(load_scalar(values + 4 * first) - best)))
+        found += exp_of(load_scalar(values + 4 * first) - best)
         sift_down(ids, values, 0, first, BEST_FIRST)
     return first, end
 
@@ -220,7 +240,7 @@ def drop_below(ids, values, first, end, floor):
 @device
 def keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values, masses, bins):
     """The candidates that top-k, top-p and min-p leave. Returns how many."""
-    floor = max(best + log_min_p, LOWEST)
+    floor = max(best + log_min_p, LOWEST)  # never -inf: that is what may not be chosen
     if 0 < top_k < n:
         count = keep_top_k(x, n, maxima, top_k, ids, values)
         total = sum_of_exp(values, count, best) if top_p < 1 else 0.0
@@ -258,11 +278,13 @@ def choose(ids, values, n, border):
 
 @kernel
 def sample(x, n, maxima, biased, bias, n_biased, recent, n_recent, counts, repeat: F32, frequency: F32, presence: F32,
-           top_k, top_p: F32, log_min_p: F32, temp: F32, draw, ids, values, masses, bins, out):  # fmt: skip
+           top_k, top_p, log_min_p: F32, temp: F32, draw, ids, values, masses, bins, out):  # fmt: skip
     """Candidates of n logits, in ids and values (their weights); out = (how many, the id that is chosen).
 
-    x is changed: the logits, filled up with -inf to whole groups. Penalties are for the n_recent ids at `recent`, which
-    `counts` counts (by id). A temperature of 0 keeps the best id only. `draw` is uniform in 0 .. 2**53 - 1.
+    x is changed: the logits, filled up with -inf to whole groups of LOGITS_GROUP, one at least. ids, values and masses
+    have room for as many, maxima for one number a group, bins for LOGITS_BINS float64. Penalties are for the n_recent
+    ids at `recent`, each one that `counts` has an entry for. A temperature of 0 keeps the best id only. top_p and draw,
+    a random number, are in units of 2**-53.
     out = (0, any) where every id is masked, (-1, an id) where its logit is not finite.
     """
     bad = find_non_finite(x, n)
@@ -280,7 +302,7 @@ def sample(x, n, maxima, biased, bias, n_biased, recent, n_recent, counts, repea
         if temp == 0:
             count = min(keep_at_least(x, n, maxima, best, ids, values), 1)
         else:
-            count = keep_likely(x, n, maxima, best, top_k, top_p, log_min_p, ids, values, masses, bins)
+            count = keep_likely(x, n, maxima, best, top_k, top_p * UNIT, log_min_p, ids, values, masses, bins)
     total = weigh(values, count, best, temp if temp > 0 else 1.0)
     store_i64(out, count)
     store_i64(out + 8, choose(ids, values, count, draw * UNIT * total))
