@@ -30,13 +30,9 @@ MIN_TEMP = 1e-6  # below it the best token has all the probability: greedy
 MAX_LOGIT_BIAS = 1024
 
 
-def load_kernels(progress: Progress | None = None) -> None:
-    """Compile what sampling needs, if it must be."""
-    library().load(KERNELS, progress)
-
-
-def _kernel() -> Kernel:
-    return library().load(KERNELS)[KERNELS[0]]
+def load_kernel(progress: Progress | None = None) -> Kernel:
+    """The kernel that samples, compiled if it must be."""
+    return library().load(KERNELS, progress)[KERNELS[0]]
 
 
 class SamplingError(LFM2Error):
@@ -154,7 +150,7 @@ class Sampler:
         self._masses, self._bins = np.empty(filled, np.float32), np.empty(LOGITS_BINS, np.float64)
         self._maxima, self._out = np.empty(n_groups, np.float32), np.zeros(2, np.int64)
         self._biased, self._bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
-        kernel, p = _kernel(), self.params
+        kernel, p = load_kernel(), self.params
         args = {
             "recent": 0, "n_recent": 0, "draw": 0,  # of each call
             "x": self._padded, "n": n, "maxima": self._maxima, "biased": self._biased, "bias": self._bias,

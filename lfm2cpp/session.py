@@ -20,7 +20,7 @@ from .errors import ModelFormatError
 from .generate import Event, Generation, Request, check_fits, generate
 from .gguf.check import find_non_finite
 from .gguf.values import ValueType
-from .sampling import NonFiniteLogits, load_kernels
+from .sampling import NonFiniteLogits, load_kernel
 from .text.vocab import VISIBLE_PIECES, Segment, Vocab, split_at
 from .worker import Worker
 
@@ -46,7 +46,7 @@ class Session:
 
         self.engine = Engine(path, **engine_options)
         try:
-            load_kernels(engine_options.get("progress"))
+            load_kernel(engine_options.get("progress"))
             self.vocab = Vocab(self.engine.gguf)
             if self.vocab.n_tokens > self.engine.n_vocab:
                 raise ModelFormatError(

@@ -143,8 +143,8 @@ def _profile_test(engine: Engine, base: Sequence, test: Test, repetitions: int) 
         ns_by_op += list(replays.reshape(len(steps), -1, replays.shape[1]).sum(axis=1))
     n_steps = len(steps_ns)
     middle = np.argsort(steps_ns)[n_steps // 4 : n_steps - n_steps // 4]
-    kinds = _kinds(engine, np.array(ns_by_op)[middle].mean(axis=0), test)
-    return n_steps, float(np.array(steps_ns)[middle].mean()), kinds
+    step_ns = float(np.mean([steps_ns[i] for i in middle]))
+    return n_steps, step_ns, _kinds(engine, np.mean([ns_by_op[i] for i in middle], axis=0), test)
 
 
 def _weights_read_rate(engine: Engine, n_threads: int) -> float:

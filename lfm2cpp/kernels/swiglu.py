@@ -20,13 +20,13 @@ from .activation import (
     write_block,
 )
 from .compiler import device, kernel
-from .math import silu
 from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, totals_nbytes
+from .ops import swiglu_part
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, next_unit, take_rows
-from .simd import W, load_f32, store_f32
+from .simd import W
 from .weights import q4_0, q4_1, q6_K, q8_0
 from .widths import TILE_TOKENS
 
@@ -37,8 +37,7 @@ ROWS_AT_ONCE = 8 * ROWS  # of one token, that are finished together: what waits 
 @device
 def finish_token(gate, up, hidden, act, row, last, n_rows):
     """hidden = silu(gate) * up for rows row .. last - 1 of one token; then their blocks of `act`."""
-    for i in range(0, 4 * (last - row), 4 * W):
-        store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
+    swiglu_part(gate, up, gate, 0, last - row)
     if act:
         quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), 0, True)
     if hidden:
@@ -50,8 +49,7 @@ def finish_token(gate, up, hidden, act, row, last, n_rows):
 def finish_tile(gate, up, hidden, act, t, count, row, n_rows):
     """The same for ROWS rows from `row` on of tokens t .. t + count - 1; gate, up: SUMS bytes a token."""
     n_groups = n_groups_of(n_rows)
-    for i in range(0, count * SUMS, 4 * W):
-        store_f32(gate + i, silu(load_f32(gate + i)) * load_f32(up + i))
+    swiglu_part(gate, up, gate, 0, count * SUMS // 4)
     if act:
         for i in range(count):
             find_scale(gate + i * SUMS, act, n_groups, t + i, row // QK, False)
