@@ -119,8 +119,9 @@ def byte_words(x, far, out):
     simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
     simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
     simd.prefetch_near(far + 1000000)  # wherever that is
-    simd.prefetch_far(far + 1000000)
     simd.prefetch_write(far + 1000000)
+    simd.prefetch_early(far + 1000000)
+    simd.prefetch_again(far + 1000000)
     ask_near(far + 1000000)
     ask_far(far + 1000000)
 

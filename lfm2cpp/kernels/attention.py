@@ -30,7 +30,7 @@ from .simd import (
     load_f32,
     max_lanes,
     maximum,
-    prefetch_far,
+    prefetch_early,
     prefetch_near,
     splat_f32,
     store_f32,
@@ -76,7 +76,7 @@ def softmax_row(scores, n_valid, n_keys, scale, result, coming):
     shift = splat_f32(max_lanes(peak))
     total = splat_f32(0.0)
     for key in range(0, whole, W):
-        prefetch_far(coming + 4 * key)
+        prefetch_early(coming + 4 * key)
         p = exp(load_f32(scores + 4 * key) - shift)
         store_f32(scores + 4 * key, p)
         total = total + p
@@ -182,7 +182,7 @@ def make_attend_split(kv: KVType) -> Any:
     """attend_split: one chunk of context for the query heads of one token and some KV heads."""
     small_scores, small_sum = kv.make_scores(SMALL_TILE), kv.make_weighted_sum(SMALL_TILE)
     medium_scores, medium_sum = kv.make_scores(MEDIUM_TILE), kv.make_weighted_sum(MEDIUM_TILE)
-    column_bytes = kv.column_bytes
+    column_bytes, ahead = kv.column_bytes, kv.ahead
 
     @device
     def attend_split(q, n_gqa, n_embd_head, n_padded, blocks, n_heads, n_valid, scale, s, results, stride_of_head):
@@ -209,7 +209,7 @@ def make_attend_split(kv: KVType) -> Any:
             head, j = divmod(query, n_gqa)
             i = head * rows + j
             block, offset = divmod(4 * CHUNK_TOKENS * query, column_bytes * n_padded)
-            coming = load_i64(at + 8 * min(AHEAD + block, n_blocks)) + offset
+            coming = load_i64(at + 8 * min(ahead + block, n_blocks)) + offset
             result = results + head * stride_of_head + j * row
             softmax_row(s + 4 * CHUNK_TOKENS * i, n_valid, rounded, scale, result, coming)
         for first in range(0, n_valid, PAGE_TOKENS):

@@ -5,7 +5,7 @@ int8 where the others have a float, and after them float16 scales: K's [n_embd_h
 [PAGE_TOKENS][n_padded / 32].
 
 One head's K or V in one page is a block. Blocks are listed in the order in which a thread uses them, and every one is
-asked for twice: AHEAD places before its turn into the second-level cache, and soon before its use into the first.
+asked for up to AHEAD places before its turn and, where that helps, once more soon before its use (widths.ASKED_ONCE).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 
 from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
-from .simd import W, prefetch_far, prefetch_near, prefetch_write
+from .simd import W, prefetch_again, prefetch_early, prefetch_write
 from .tile import make_tile
-from .widths import CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
+from .widths import ASKED_ONCE, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
+FLOATS_AHEAD = 1 if ASKED_ONCE else AHEAD  # of floats, of which two would take a third of a first-level cache
 # Bytes ahead to ask for floats to be near: by multiples of 4096 they would push out each other, and the scores. Behind
 # the last head of a page are other blocks of it, which then need not come from memory when it is their turn.
 NEAR = 2048
@@ -41,6 +42,7 @@ class KVType:
     """What attention and store_kv need of one type. Sizes are per column: PAGE_TOKENS elements and their scales."""
 
     column_bytes: int
+    ahead: int  # blocks that are asked for before they are used
     # (n_queries) -> scores(q, q_stride, n_embd_head, blocks, n_keys, out): out[query, key] = q . k for n_keys keys
     # (rounded up), those of each page in one of `blocks`; out: rows of CHUNK_TOKENS.
     make_scores: Callable[[int], Any]
@@ -62,14 +64,14 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
             for key in range(0, n_keys, span):
                 page, slot = divmod(key, PAGE_TOKENS)
                 at = blocks + 8 * page
-                k, later = load_i64(at) + size * slot, load_i64(at + 8 * AHEAD) + size * slot
+                k, later = load_i64(at) + size * slot, load_i64(at + 8 * FLOATS_AHEAD) + size * slot
                 f, g = zero(0), zero(0)
                 for i in range(n_embd_head):
                     row, x = size * i * PAGE_TOKENS, q + 4 * i
                     for line in range(0, size * span, LINE):  # in turn: not make_prefetch_lines, which is 3 % slower
                         if two:
-                            prefetch_near(k + row + line + NEAR)
-                        prefetch_far(later + row + line)
+                            prefetch_again(k + row + line + NEAR)
+                        prefetch_early(later + row + line)
                     f = step(f, k + row, x, q_stride)
                     if two:
                         g = step(g, k + row + size * 2 * W, x, q_stride)
@@ -96,14 +98,14 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
                         g = get(out + 8 * W, out_stride)
                 for page in range(pages_of(n_keys)):
                     at = blocks + 8 * page
-                    v, later = load_i64(at) + offset, load_i64(at + 8 * AHEAD) + offset
+                    v, later = load_i64(at) + offset, load_i64(at + 8 * FLOATS_AHEAD) + offset
                     first = page * PAGE_TOKENS
                     for key in range(first, min(n_keys, first + PAGE_TOKENS)):
                         row, x = (key - first) * row_bytes, p + 4 * key
                         for line in range(0, nbytes, LINE):
                             if two:
-                                prefetch_near(v + row + line + NEAR)
-                            prefetch_far(later + row + line)
+                                prefetch_again(v + row + line + NEAR)
+                            prefetch_early(later + row + line)
                         f = step(f, v + row, x, 4 * CHUNK_TOKENS)
                         if two:
                             g = step(g, v + row + size * 2 * W, x, 4 * CHUNK_TOKENS)
@@ -136,7 +138,7 @@ def _float_type(name: str, size: int, store: Any) -> KVType:
             store(k_out + size * (i * PAGE_TOKENS + slot), load_f32(k + 4 * i))
             store(v_out + size * (slot * n_padded + i), load_f32(v + 4 * i))
 
-    return KVType(KV_COLUMN_BYTES[name], make_scores, make_weighted_sum, store_head)
+    return KVType(KV_COLUMN_BYTES[name], FLOATS_AHEAD, make_scores, make_weighted_sum, store_head)
 
 
 @device
@@ -144,8 +146,8 @@ def ask_for(blocks, first, nbytes):
     """Ask for nbytes from `first` on of the block after this one and of the one AHEAD places on."""
     soon, later = load_i64(blocks + 8), load_i64(blocks + 8 * AHEAD)
     for line in range(first, first + nbytes, LINE):
-        prefetch_near(soon + line)
-        prefetch_far(later + line)
+        prefetch_again(soon + line)
+        prefetch_early(later + line)
 
 
 def _make_q8_scores(n_queries: int) -> Any:
@@ -227,4 +229,4 @@ def _store_q8_head(k, v, k_out, v_out, slot, n_embd_head, n_padded):
 
 F16 = _float_type("f16", 2, store_f16)
 F32 = _float_type("f32", 4, store_f32)
-Q8_0 = KVType(KV_COLUMN_BYTES["q8_0"], _make_q8_scores, _make_q8_weighted_sum, _store_q8_head)
+Q8_0 = KVType(KV_COLUMN_BYTES["q8_0"], AHEAD, _make_q8_scores, _make_q8_weighted_sum, _store_q8_head)

@@ -94,6 +94,11 @@ class Target:
         return "|".join((self.level.name, self.cpu_name, self.switches))
 
     @property
+    def is_zen(self) -> bool:
+        """Whether it is a core of AMD's."""
+        return self.cpu_name.startswith("znver")
+
+    @property
     def has_half(self) -> bool:
         """Whether an instruction converts float16."""
         return "f16c" in self.features or is_arm64()

@@ -12,11 +12,10 @@ from typing import Any
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import make_prefetch_lines
-from .widths import LINE, W
+from .widths import ASKED_ONCE, LINE, W
 
 SHARES_A_THREAD = 2
-# A byte is asked for twice: early into the second-level cache, and soon before its use into the first, where few may be
-# on their way.
+# Where a byte is asked for twice, it is NEAR bytes before its use, when few may be on their way, and FAR bytes before.
 NEAR, FAR = 1536, 16384
 # A unit of rows asks for the unit that follows, if it has about this many bytes; any other asks FAR ahead in the file.
 LEAST, MOST = 8192, 98304
@@ -71,11 +70,12 @@ def make_prefetches(nbytes: int, parts: int) -> list[Any]:
 
 
 def _make_prefetch(lines: list[int]) -> Any:
-    ask_near, ask_far = make_prefetch_lines([NEAR + n for n in lines], True), make_prefetch_lines(lines, False)
+    ask_again = make_prefetch_lines([] if ASKED_ONCE else [NEAR + n for n in lines], True)
+    ask_early = make_prefetch_lines(lines, ASKED_ONCE)
 
     @device
     def ask(address, far):
-        ask_near(address)
-        ask_far(address + far)
+        ask_again(address)
+        ask_early(address + far)
 
     return ask

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from . import level
 
-_LEVEL = level.target().level
+_TARGET = level.target()
+_LEVEL = _TARGET.level
 W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
@@ -27,6 +28,9 @@ LOGITS_BINS = 512  # by which it finds where a share of all probability ends
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line
+# How a stream from memory is asked for. Zen 5 wants every line once, straight into the first-level cache; Xeons are
+# faster with two askings, early into the second-level cache and soon before the use into the first.
+ASKED_ONCE = _TARGET.is_zen
 
 
 def activation_nbytes(n: int) -> int:

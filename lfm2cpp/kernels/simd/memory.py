@@ -8,6 +8,7 @@ from numba import types
 from ..portable import float_to_half, half_to_float
 from ..scalar import I32, I64
 from ..vector import call_llvm, constant, vector_op
+from ..widths import ASKED_ONCE
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
@@ -101,9 +102,16 @@ def prefetch_near(builder, address):
 
 
 @vector_op(types.void, int64)
-def prefetch_far(builder, address):
-    """Ask for the cache line at address, as near as the second-level cache: it will be needed later. Never faults"""
-    _prefetch(builder, address, SECOND_LEVEL)
+def prefetch_early(builder, address):
+    """Ask for the cache line at address of a stream, well before its use. Never faults"""
+    _prefetch(builder, address, NEXT_TO_CORE if ASKED_ONCE else SECOND_LEVEL)
+
+
+@vector_op(types.void, int64)
+def prefetch_again(builder, address):
+    """Ask once more for the cache line at address of a stream, soon before its use, where that helps. Never faults"""
+    if not ASKED_ONCE:
+        _prefetch(builder, address, NEXT_TO_CORE)
 
 
 @vector_op(types.void, int64)
@@ -113,8 +121,8 @@ def prefetch_write(builder, address):
 
 
 def make_prefetch_lines(lines, near):
-    """ask(address): the cache lines at these offsets, as prefetch_near asks or as prefetch_far. No loop, which LLVM
-    might leave as one."""
+    """ask(address): the cache lines at these offsets, as near as the first-level cache or as the second-level one. No
+    loop, which LLVM might leave as one."""
 
     @vector_op(types.void, int64)
     def ask(builder, address):
