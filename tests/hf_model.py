@@ -62,7 +62,8 @@ class HFModel:
             out = self.model(torch.tensor([list(tokens)]), use_cache=True)
             for _ in range(n):
                 found.append(int(out.logits[0, -1].argmax()))
-                out = self.model(torch.tensor([found[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+                name = "cache" if "cache" in out else "past_key_values"  # the name since transformers 5.24, and before
+                out = self.model(torch.tensor([found[-1:]]), use_cache=True, **{name: out[name]})
         return found
 
     def _run(self, tokens: Sequence[int], **options: Any) -> Any:

@@ -21,6 +21,7 @@ from lfm2cpp.errors import CheckpointError, UsageError
 from .runners import Trace
 
 INSTALL = 'pip install "lfm2cpp[parity]"'
+CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 MIN_TRANSFORMERS = 5  # before, a second prefill ignored the state of the convolution (transformers#42017)
 
 
@@ -49,15 +50,16 @@ class HFRunner:
         self.reset()
 
     def reset(self) -> None:
-        self._cache: Any = None
+        self._cache: dict[str, Any] = {}
 
     def evaluate(self, tokens: Sequence[int]) -> Trace:
         """Append tokens to the cached sequence; every intermediate of these tokens, (n_tokens, width) float32."""
         self._trace, self._n_tokens = {}, len(tokens)
         ids = self._torch.tensor([list(tokens)])
         with self._torch.no_grad(), self._watched_functions():
-            out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        self._cache = out.past_key_values
+            out = self.model(input_ids=ids, use_cache=True, **self._cache)
+        name = next(name for name in CACHE_NAMES if name in out)
+        self._cache = {name: out[name]}
         self._keep("result_output", out.logits)
         return self._trace
 
