@@ -119,4 +119,11 @@ def header() -> list[str]:
 
 def row(result: BatchedResult) -> str:
     formats = ("6d", "6d", "4d", "6d", "8.3f", "8.2f", "8.3f", "8.2f", "8.3f", "8.2f")
-    return "|" + " | ".join(f"{v:{f}}" for v, f in zip(result.values(), formats, strict=True)) + " |"
+    texts = [f"{v:{f}}" for v, f in zip(result.values(), formats, strict=True)]
+    return "|" + " | ".join(_fitted(t, width) for t, width in zip(texts, _WIDTHS, strict=True)) + " |"
+
+
+def _fitted(number: str, width: int) -> str:
+    """Without the decimals that there is no room for."""
+    whole, point, _ = number.partition(".")
+    return number[: max(len(whole), width)].removesuffix(".").rjust(width) if point else number
