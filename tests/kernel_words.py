@@ -9,7 +9,7 @@ import numpy as np
 
 from lfm2cpp.kernels import simd
 from lfm2cpp.kernels.compiler import kernel
-from lfm2cpp.kernels.dot import dot_i8, dot_u7
+from lfm2cpp.kernels.dot import dot_bf16, dot_i8, dot_u7
 from lfm2cpp.kernels.math import exp, silu
 from lfm2cpp.kernels.scalar import (
     fma_f32,
@@ -163,8 +163,16 @@ def gather_words(far, out):
 
 
 @kernel
-def square(source, destination, stride):
-    simd.transpose_square(source, destination, stride)
+def square(source, stride, destination, step):
+    simd.transpose_square(source, stride, destination, step)
+
+
+@kernel
+def bf16_words(x, pairs, w, out):
+    """x to BF16; then pairs of it by pairs of w, added to the first W of x"""
+    simd.store_bf16(pairs, simd.load_f32(x))
+    simd.store_bf16(pairs + 2 * W, simd.load_f32(x + 4 * W))
+    simd.store_f32(out, dot_bf16(simd.load_f32(w), simd.load_f32(pairs), simd.load_f32(x)))
 
 
 @kernel

@@ -17,6 +17,7 @@ from lfm2cpp.kernels.widths import W
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q6_K", "Q8_0"]
 FLOAT_TYPES = ["F32", "F16", "BF16"]
+PAIR_SHAPES = [(1, 32), (5, 64), (40, 96), (33, 512), (64, 256), (2 * W + 1, 1056)]
 KERNEL_OF = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q6_K": "q6_K", "Q8_0": "q8_0", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 # Sums of a few hundred float32 products, added up in float32.
@@ -329,3 +330,36 @@ def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, 
     assert same_bits(np.ascontiguousarray(hidden), expected)
     if widths.PANEL_ROWS == 32:
         assert same_bits(act, quantized(expected))
+
+
+# BF16 weights by activations rounded to BF16
+
+
+def product_of_pairs(w: Weights, x: NDArray[np.float32], nth: int = 1) -> NDArray[np.float32]:
+    """W x for each row of x, by the kernel for CPUs that multiply BF16 faster; it runs everywhere."""
+    n_tokens, n = x.shape
+    rounded = rows_with_slack(n_tokens, n // 2)
+    call("mul_mat_float:round_rows", nth=nth, x=with_slack(x), n=n, pairs=rounded, count=count(n_tokens))
+    chained = rows_with_slack(n_tokens + 8, -(-n // 2 // widths.PANEL_ROWS) * widths.PANEL_ROWS)
+    call("mul_mat_float:chain_rows", nth=nth, x=rounded, n=n // 2, chained=chained, count=count(n_tokens))
+    out = guarded(np.full((n_tokens, w.n_rows), np.nan, np.float32))
+    call("mul_mat_float:mul_mat_bf16_pairs", nth=nth, w=w.data, n_rows=w.n_rows, n=n // 2, x=rounded, chained=chained,
+         out=out, add=0, count=count(n_tokens))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7])
+@pytest.mark.parametrize(("n_rows", "n"), PAIR_SHAPES)
+def test_pairs_against_float64(n_rows: int, n: int, n_tokens: int) -> None:
+    w, x = weights("BF16", n_rows, n), normal(n_tokens, n)
+    found = product_of_pairs(w, x)
+    assert relative_rms(found, to_bf16(x).astype(np.float64) @ w.float64.T) < MAX_SUM_ERROR
+
+
+@pytest.mark.parametrize(("n_rows", "n"), PAIR_SHAPES)
+def test_pairs_of_a_token_are_the_same_alone_and_by_threads(n_rows: int, n: int) -> None:
+    w, x = weights("BF16", n_rows, n), normal(15, n)
+    together = product_of_pairs(w, x)
+    for t in range(len(x)):
+        assert same_bits(product_of_pairs(w, x[t : t + 1])[0], together[t])
+    assert same_bits(product_of_pairs(w, x, nth=3), together)

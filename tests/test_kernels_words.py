@@ -10,6 +10,7 @@ import pytest
 from kernel_calls import aligned, guarded, run, same_bits
 from kernel_words import ROW
 from numpy.typing import NDArray
+from tiny_model import to_bf16
 
 from lfm2cpp.kernels import level
 from lfm2cpp.kernels.compiler import compile_kernel
@@ -256,9 +257,43 @@ def test_transpose_square() -> None:
     source = np.zeros((W, stride), np.uint8)
     values = np.arange(W * W, dtype=np.float32).reshape(W, W)
     source[:, : 4 * W] = values.view(np.uint8).reshape(W, 4 * W)
-    out = guarded(np.zeros((W, W), np.float32))
-    run(word_kernel("square"), source=guarded(source.reshape(-1)[:-12].copy()), destination=out, stride=stride)
-    assert np.array_equal(out, values.T)
+    out = guarded(np.zeros(W * (W + 3) - 3, np.float32))
+    source = guarded(source.reshape(-1)[:-12].copy())
+    run(word_kernel("square"), source=source, stride=stride, destination=out, step=4 * (W + 3))
+    rows = np.append(out, np.zeros(3, np.float32)).reshape(W, W + 3)
+    assert np.array_equal(rows[:, :W], values.T) and not rows[:, W:].any()
+
+
+def test_floats_become_the_nearest_bf16() -> None:
+    """As torch rounds: ties to even, NaN to NaN."""
+    import torch
+
+    bits = np.random.default_rng(0).integers(0, 2**32, (300, 2 * W), np.uint64).astype(np.uint32)
+    bits[:50] = bits[:50] & 0xFFFF0000 | 0x8000  # ties
+    bits[50] = 0x7F7FFFFF  # rounded up to infinity
+    for x in bits.view(np.float32):
+        found = bf16_words(x, np.zeros(2 * W, np.uint16))[0]
+        expected = torch.from_numpy(x.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        nan = np.isnan(x)
+        assert np.array_equal(found[~nan], expected[~nan])
+        assert np.isnan((found[nan].astype(np.uint32) << 16).view(np.float32)).all()
+
+
+def test_sums_of_bf16_products() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        x, w = rng.normal(0, 1, (2, 2 * W)).astype(np.float32)
+        w = to_bf16(w)
+        found = bf16_words(x, (w.view(np.uint32) >> 16).astype(np.uint16))[1]
+        products = (w.astype(np.float64) * to_bf16(x)).reshape(W, 2)
+        sizes = np.abs(products).sum(1) + np.abs(x[:W])
+        assert (np.abs(found - (x[:W] + products.sum(1))) <= 2e-7 * sizes).all()
+
+
+def bf16_words(x: NDArray[np.float32], w: NDArray[np.uint16]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    pairs, out = guarded(np.zeros(2 * W, np.uint16)), guarded(np.zeros(W, np.float32))
+    run(word_kernel("bf16_words"), x=guarded(x), pairs=pairs, w=guarded(w), out=out)
+    return pairs, out
 
 
 def ulps(found: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -56,7 +56,10 @@ class Op:
 
 @dataclass
 class Rows:
-    """float32 rows that an op writes; quantized and chained copies exist once a product has asked for them."""
+    """Rows of n 4-byte columns that an op writes, float32 but for `rounded`, whose columns are two BF16 each.
+
+    Quantized, chained and rounded copies exist once a product has asked for them.
+    """
 
     n: int
     address: int
@@ -64,6 +67,7 @@ class Rows:
     producer: Op | None = None
     act: int = 0
     chained: int = 0
+    rounded: Rows | None = None
 
 
 @dataclass
@@ -167,6 +171,15 @@ class Plan:
             self._record("mul_mat_float:chain_rows", "chain", args)
         return x.chained
 
+    def _rounded(self, x: Rows) -> Rows:
+        """x in BF16, two elements a column."""
+        if x.rounded is None:
+            nbytes = 2 * x.n * (self.n_batch + SLACK_ROWS) + 4096
+            x.rounded = Rows(x.n // 2, self._side_buffer(f"rounded {x.n}", nbytes), x.count)
+            args = {"x": x.address, "n": x.n, "pairs": x.rounded.address, "count": x.count}
+            self._record("mul_mat_float:round_rows", "round", args)
+        return x.rounded
+
     def get_rows(self, w: Weight, name: str) -> Rows:
         """The embedding rows of the batch's tokens: (n_tokens, n_embd)."""
         n = w.shape[1]
@@ -203,14 +216,17 @@ class Plan:
 
     def _mul_mat(self, w: Weight, x: Rows, out: Rows, add: int) -> Op:
         n_rows, n = w.shape
-        args = {"w": w.address, "n_rows": n_rows, "n": n, "out": out.address, "add": add, "count": x.count}
+        kind = kernel_type(w)
+        if widths.BF16_PAIRS and kind == "bf16" and n % 32 == 0 and x.count == self.all_rows:
+            # The head, of few rows, is left exact: it costs nothing there.
+            kind, x = "bf16_pairs", self._rounded(x)
+        args = {"w": w.address, "n_rows": n_rows, "n": x.n, "out": out.address, "add": add, "count": x.count}
         if w.ggml_type in FLOAT_TYPES:
             module = "mul_mat_float"
             args |= {"x": x.address, "chained": self._chained(x)}
         else:
             module = "mul_mat"
             args |= {"act": self._quantized(x), "row_bytes": w.row_bytes}
-        kind = kernel_type(w)
         self.scratch(widths.panel_nbytes(n) + 64 * 1024)
         label = f"mul_mat {w.ggml_type.name}"
         return self._record(f"{module}:mul_mat_{kind}", label, args, macs=n_rows * n, nbytes=w.nbytes)

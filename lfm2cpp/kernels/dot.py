@@ -1,7 +1,8 @@
-"""Sums of four byte products into each int32 lane: the one word that every instruction set spells differently.
+"""Sums of short products into each 4-byte lane: the words that every instruction set spells differently.
 
     dot_u7(acc, u, a)   acc + sum of 4 u * a           u in 0..127, a int8
     dot_i8(acc, w, a)   acc + sum of 4 w * a + I8_BIAS * sum of 4 a      w, a int8
+    dot_bf16(w, a, acc) acc + sum of 2 w * a           w, a bfloat16, acc float32
 
 AVX-512 VNNI and AVX-VNNI multiply unsigned by signed bytes, so a signed weight goes in with its top bit flipped and
 the caller takes I8_BIAS times the activations' sum off again; elsewhere I8_BIAS is 0. Every product is exact.
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from .portable import multiply_add
 from .scalar import I16
-from .simd.registers import I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, i32
+from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, f32, i32
 from .vector import call_llvm, constant, shuffle, vector_op
+from .widths import BF16_PAIRS
 
 _VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
 NEON = LEVEL.name.startswith("neon")
@@ -73,6 +76,23 @@ def dot_i8_value(builder, acc, w, a):
 def dot_panel_i8_value(builder, acc, w, a):
     """dot_i8_value for weights that went through panel_i8."""
     return _vpdpbusd(builder, acc, w, a) if _VNNI else dot_i8_value(builder, acc, w, a)
+
+
+def dot_bf16_value(builder, w, a, acc):
+    """w, a: float32 lanes that hold two bfloat16 each."""
+    w, a = builder.bitcast(w, I32_VECTOR), builder.bitcast(a, I32_VECTOR)
+    if BF16_PAIRS:
+        return call_llvm(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32_VECTOR, acc, w, a)
+    high, sixteen = constant(I32_VECTOR, 0xFFFF0000), constant(I32_VECTOR, 16)
+    odd = [builder.bitcast(builder.and_(pair, high), F32_VECTOR) for pair in (w, a)]
+    even = [builder.bitcast(builder.shl(pair, sixteen), F32_VECTOR) for pair in (w, a)]
+    return multiply_add(builder, *even, multiply_add(builder, *odd, acc))
+
+
+@vector_op(f32, f32, f32, f32)
+def dot_bf16(builder, w, a, acc):
+    """acc + sum of 2 w * a within each lane, which holds two bfloat16 of w and of a"""
+    return dot_bf16_value(builder, w, a, acc)
 
 
 @vector_op(bytes_, bytes_)

@@ -55,10 +55,12 @@ NAMED_CPUS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("haswell", "broadwell", "skylake", "x86-64-v3", "znver1", "znver2", "znver3"), _AVX2),
     **dict.fromkeys(("skylake-avx512", "x86-64-v4"), _AVX512),
     **dict.fromkeys(
-        ("cascadelake", "icelake-client", "icelake-server", "tigerlake", "rocketlake", "znver4"), _AVX512_VNNI
+        ("cascadelake", "icelake-client", "icelake-server", "tigerlake", "rocketlake"), _AVX512_VNNI
     ),
+    "znver4": _AVX512_VNNI | {"avx512bf16"},
     **dict.fromkeys(("cooperlake",), _AVX512_VNNI),
-    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids", "znver5"), _BOTH_VNNI),
+    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids"), _BOTH_VNNI),
+    "znver5": _BOTH_VNNI | {"avx512bf16"},
     **dict.fromkeys(
         ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "gracemont", "sierraforest"),
         _AVX2 | {"avxvnni"},
@@ -97,6 +99,11 @@ class Target:
     def is_zen(self) -> bool:
         """Whether it is a core of AMD's."""
         return self.cpu_name.startswith("znver")
+
+    @property
+    def has_bf16_products(self) -> bool:
+        """Whether products of bfloat16 are twice as fast as those of float32. On Intel's cores they are as fast."""
+        return self.is_zen and self.level.bits == 512 and "avx512bf16" in self.features
 
     @property
     def has_half(self) -> bool:

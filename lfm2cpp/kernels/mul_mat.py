@@ -44,7 +44,7 @@ SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
 @device
 def store_rows(lanes, columns, out, add, row, n_rows):
     """Add the W lanes of each of W sums in order and store them as rows row .. row + W - 1."""
-    transpose_square(lanes, columns, 4 * W)
+    transpose_square(lanes, 4 * W, columns, 4 * W)
     total = splat_f32(0.0)
     for c in range(W):
         total = total + load_f32(columns + c * 4 * W)

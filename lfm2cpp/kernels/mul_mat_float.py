@@ -2,6 +2,9 @@
 
 The same two ways and the same promise as mul_mat.py; here lane c of a row's sum takes the columns k with k % W == c, as
 two chains (even and odd runs of W columns) that are added at the end.
+
+Where the CPU multiplies BF16 faster, two elements are one column of 4 bytes, and so are the activations, which
+round_rows rounds to BF16; the rest is the same.
 """
 
 from __future__ import annotations
@@ -12,20 +15,21 @@ import numpy as np
 
 from .compiler import device, kernel
 from .mul_mat import store_rows
-from .ops import share_of
+from .ops import segment_of, share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import FAR, distance, make_prefetches, next_unit, rows_of_unit, take_rows
-from .simd import W, fma, load_f32, splat_f32, store_f32, transpose_square
+from .simd import W, load_f32, make_prefetch_lines, splat_f32, store_bf16, store_f32
 from .tile import make_tile
 from .weights import floats
-from .widths import SMALL_TILE_TOKENS, TILE_TOKENS
+from .widths import LINE, SMALL_TILE_TOKENS, TILE_TOKENS
 
 RUN = 2 * W  # columns that advance both chains of every lane by one
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
 ENTRY = 4  # bytes of an activation
 STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
+COPIED_RUNS = 32  # of a tile's rows that chain_rows reads again and again, 24 KB at the widest
 
 
 @device
@@ -39,6 +43,13 @@ def tile_stride(n):
     return runs_of(n) * (RUN * STEP)
 
 
+@device
+def chain_stride(runs):
+    """Bytes of a chain of a panel. The line between two chains keeps them apart in the first-level cache, where lines
+    a multiple of 4096 bytes apart share few places: a run of columns is unpacked to all chains at once."""
+    return runs * (8 * W) + LINE
+
+
 @kernel
 def chain_rows(x, n, chained, count, ith, nth):
     """Copy float32 rows for prefill, chain by chain, the tokens of a tile side by side:
@@ -48,20 +59,44 @@ def chain_rows(x, n, chained, count, ith, nth):
     n_tokens, runs = load_i64(count), runs_of(n)
     if n_tokens == 1:
         return
-    begin, end = share_of(n_tokens, ith, nth)
-    for t in range(begin, end):
-        row = x + 4 * t * n
-        out = chained + t // TILE_TOKENS * tile_stride(n) + t % TILE_TOKENS * ENTRY
-        for m in range(runs):
-            for odd in range(2):
-                first = m * RUN + odd * W
-                for lane in range(W):
-                    value = load_scalar(row + 4 * (first + lane)) if first + lane < n else np.float32(0.0)
-                    store_scalar(out + ((2 * lane + odd) * runs + m) * STEP, value)
+    begin, end = share_of((n_tokens + TILE_TOKENS - 1) // TILE_TOKENS, ith, nth)
+    for tile in range(begin, end):
+        first = tile * TILE_TOKENS
+        rows, n_rows = x + 4 * first * n, min(TILE_TOKENS, n_tokens - first)
+        for m in range(0, runs, COPIED_RUNS):
+            chain_part(rows, n_rows, n, m, min(m + COPIED_RUNS, runs), chained + tile * tile_stride(n))
+
+
+@device
+def chain_part(rows, n_rows, n, first, last, chained):
+    """Runs first .. last - 1 of one tile's rows, chain by chain: written in order, read from the nearest cache."""
+    runs = runs_of(n)
+    for chain in range(2 * W):
+        column = chain // 2 + chain % 2 * W
+        out = chained + chain * runs * STEP
+        for m in range(first, last):
+            at = 4 * (m * RUN + column)
+            if at >= 4 * n:
+                for t in range(TILE_TOKENS):
+                    store_scalar(out + m * STEP + t * ENTRY, np.float32(0.0))
+            elif n_rows == TILE_TOKENS:
+                for t in range(TILE_TOKENS):
+                    store_scalar(out + m * STEP + t * ENTRY, load_scalar(rows + at + 4 * t * n))
+            else:
+                for t in range(n_rows):
+                    store_scalar(out + m * STEP + t * ENTRY, load_scalar(rows + at + 4 * t * n))
+
+
+@kernel
+def round_rows(x, n, pairs, count, ith, nth):
+    """float32 rows x: (n_tokens, n) -> BF16 rows, as mul_mat_bf16_pairs takes them; n is a multiple of SEGMENT"""
+    first, last = segment_of(load_i64(count) * n, ith, nth)
+    for i in range(first, last, W):
+        store_bf16(pairs + 2 * i, load_f32(x + 4 * i))
 
 
 def make_row_sums(weights: floats.FloatWeights) -> Any:
-    load, size = weights.load, weights.size
+    load, size, multiply_add = weights.load, weights.size, weights.multiply_add
     (ask,) = make_prefetches(RUN * size, 1)
 
     @device
@@ -80,13 +115,13 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
         odd = splat_f32(0.0)
         for k in range(0, n - RUN + 1, RUN):
             ask(row + k * size, far)
-            even = fma(load(row + k * size), load_f32(x + 4 * k), even)
-            odd = fma(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
+            even = multiply_add(load(row + k * size), load_f32(x + 4 * k), even)
+            odd = multiply_add(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
         left = n % RUN
         if left:
             copy_tail(row + (n - left) * size, x + 4 * (n - left), left, scratch)
-            even = fma(load(scratch), load_f32(scratch + RUN * 4), even)
-            odd = fma(load(scratch + W * size), load_f32(scratch + RUN * 4 + 4 * W), odd)
+            even = multiply_add(load(scratch), load_f32(scratch + RUN * 4), even)
+            odd = multiply_add(load(scratch + W * size), load_f32(scratch + RUN * 4 + 4 * W), odd)
         return even + odd
 
     return sum_row
@@ -111,40 +146,41 @@ def make_decode(weights: floats.FloatWeights) -> Any:
 
 
 def make_unpack(weights: floats.FloatWeights) -> Any:
-    load, size = weights.load, weights.size
+    transpose, size = weights.transpose, weights.size
+    file_bytes = 2 * W * RUN * size  # of a run of columns of a panel
+    ask_for_run = make_prefetch_lines(range(0, file_bytes, LINE), False)
 
     @device
-    def unpack_square(w, n, k, square):
-        """Columns k .. k + W - 1 of W rows as float32, zeros beyond column n."""
+    def complete(w, n, k, square):
+        """Columns k .. k + W - 1 of W rows as in the file, at square, with zeros beyond column n."""
+        bytes_left = max(0, n - k) * size
         for r in range(W):
-            row = w + (r * n + k) * size
-            if k + W <= n:
-                store_f32(square + r * 4 * W, load(row))
-                continue
-            bytes_left = max(0, n - k) * size
             for i in range(W * size):
-                store_i8(square + W * 4 * W + i, load_u8(row + i) if i < bytes_left else 0)
-            store_f32(square + r * 4 * W, load(square + W * 4 * W))
+                store_i8(square + r * W * size + i, load_u8(w + (r * n + k) * size + i) if i < bytes_left else 0)
 
     @device
-    def unpack_panel(w, n, panel, square):
+    def unpack_panel(w, n, panel, coming, square):
+        """2 W rows at w, interleaved for the tile; those at `coming` will be next."""
         keep_apart()
         runs = runs_of(n)
-        columns = square + 4 * W * (W + 1)
+        chain = chain_stride(runs)
         for m in range(runs):
-            for odd in range(2):
-                for half in range(2):
-                    unpack_square(w + half * W * n * size, n, m * RUN + odd * W, square)
-                    transpose_square(square, columns, 4 * W)
-                    for lane in range(W):
-                        where = panel + ((2 * lane + odd) * runs + m) * 8 * W + half * 4 * W
-                        store_f32(where, load_f32(columns + lane * 4 * W))
+            ask_for_run(coming + m * file_bytes)
+            for half in range(2):
+                rows = w + half * W * n * size
+                for odd in range(2):
+                    k, out = m * RUN + odd * W, panel + odd * chain + (2 * m + half) * 4 * W
+                    if k + W <= n:
+                        transpose(rows + k * size, n * size, out, 2 * chain)
+                    else:
+                        complete(rows, n, k, square)
+                        transpose(square, W * size, out, 2 * chain)
 
     return unpack_panel
 
 
-def make_run_tile(n_tokens: int) -> Any:
-    tile = make_tile(n_tokens)
+def make_run_tile(n_tokens: int, element: str) -> Any:
+    tile = make_tile(n_tokens, element)
     zero, step, add, add_to = tile.zero, tile.fma, tile.add, tile.add_to
 
     @device
@@ -165,9 +201,9 @@ def make_run_tile(n_tokens: int) -> Any:
             store_f32(totals + i * 4 * W, splat_f32(0.0))
         for _ in range(W):
             even = run_chain(panel, x, runs)
-            odd = run_chain(panel + runs * 8 * W, x + runs * STEP, runs)
+            odd = run_chain(panel + chain_stride(runs), x + runs * STEP, runs)
             add_to(totals, add(even, odd))
-            panel += 2 * runs * 8 * W
+            panel += 2 * chain_stride(runs)
             x += 2 * runs * STEP
 
     return run_tile
@@ -175,7 +211,7 @@ def make_run_tile(n_tokens: int) -> Any:
 
 def make_prefill(weights: floats.FloatWeights) -> Any:
     unpack_panel, size = make_unpack(weights), weights.size
-    wide, small = make_run_tile(TILE_TOKENS), make_run_tile(SMALL_TILE_TOKENS)
+    wide, small = (make_run_tile(n_tokens, weights.element) for n_tokens in (TILE_TOKENS, SMALL_TILE_TOKENS))
 
     @device
     def store_tile(totals, out, add, ld, t, count, row):
@@ -188,11 +224,11 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
                 store_f32(out + where, value)
 
     @device
-    def prefill_panel(w, n, chained, out, add, ld, row, n_tokens, scratch):
+    def prefill_panel(w, n, chained, out, add, ld, row, n_tokens, nth, scratch):
         totals = scratch
         square = totals + TILE_TOKENS * 8 * W
-        panel = square + 4 * W * (2 * W + 1)
-        unpack_panel(w + row * n * size, n, panel, square)
+        panel = square + 4 * W * W
+        unpack_panel(w + row * n * size, n, panel, w + (row + nth * (2 * W)) * n * size, square)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
             if count <= SMALL_TILE_TOKENS:
@@ -210,7 +246,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
     decode_rows, prefill_panel, size = make_decode(weights), make_prefill(weights), weights.size
 
     def mul_mat(w, n_rows, n, x, chained, out, add, count, scratch, scratch_bytes, work, ith, nth):
-        """out[t] = w x[t] (+ add[t]); w: (n_rows, n), x: (n_tokens, n) float32, chained: its copy by chain_rows."""
+        """out[t] = w x[t] (+ add[t]); w: (n_rows, n) columns, x: (n_tokens, n) of 4 bytes, chained: by chain_rows."""
         n_tokens = load_i64(count)
         mine = scratch + ith * scratch_bytes
         if n_tokens == 0:
@@ -229,7 +265,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
             if row + 2 * W <= n_rows:
-                prefill_panel(w, n, chained, out, add, ld, row, n_tokens, mine)
+                prefill_panel(w, n, chained, out, add, ld, row, n_tokens, nth, mine)
             else:
                 for t in range(n_tokens):
                     below = add + t * ld if add else 0
@@ -242,3 +278,4 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
 mul_mat_f32 = make_mul_mat(floats.f32)
 mul_mat_f16 = make_mul_mat(floats.f16)
 mul_mat_bf16 = make_mul_mat(floats.bf16)
+mul_mat_bf16_pairs = make_mul_mat(floats.bf16_pairs)

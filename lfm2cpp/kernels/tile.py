@@ -13,9 +13,11 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .portable import half_to_float, multiply_add
+from .dot import dot_bf16_value
+from .portable import multiply_add
 from .scalar import FLOAT, I64
-from .simd.registers import F16_VECTOR, F32_VECTOR, I8_LANES, W, f32, load_vector, store_vector
+from .simd.memory import f16_at, f32_at
+from .simd.registers import F32_VECTOR, I8_LANES, W, f32, load_vector, store_vector
 from .vector import splat, vector_op
 
 int64 = types.int64
@@ -62,19 +64,17 @@ def add_to_totals(builder: ir.IRBuilder, totals: ir.Value, values: list[ir.Value
     builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
-def _load_f32(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return load_vector(builder, address, F32_VECTOR)
-
-
-def _load_f16(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return half_to_float(builder, load_vector(builder, address, F16_VECTOR), F32_VECTOR)
-
-
 def _load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.sitofp(load_vector(builder, address, I8_LANES), F32_VECTOR)
 
 
-ELEMENTS = {"f32": (_load_f32, 4 * W), "f16": (_load_f16, 2 * W), "i8": (_load_i8, W)}  # load, bytes of W of them
+# How W of them are loaded, their bytes, and how they are multiplied.
+ELEMENTS = {
+    "f32": (f32_at, 4 * W, multiply_add),
+    "f16": (f16_at, 2 * W, multiply_add),
+    "i8": (_load_i8, W, multiply_add),
+    "bf16_pairs": (f32_at, 4 * W, dot_bf16_value),
+}
 
 
 def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -> ir.Value:
@@ -82,9 +82,9 @@ def _at_token(builder: ir.IRBuilder, base: ir.Value, stride: ir.Value, t: int) -
 
 
 def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one list of small words
-    """The words for tiles of 2 W rows by `n_tokens`; `element` is what fma reads rows of: f32, f16 or i8."""
+    """The words for tiles of 2 W rows by `n_tokens`; `element` is what fma reads rows of."""
     count = 2 * n_tokens
-    load_as_f32, row_bytes = ELEMENTS[element]
+    load_as_f32, row_bytes, product = ELEMENTS[element]
     floats = types.UniTuple(f32, count)
 
     @vector_op(floats, int64)
@@ -98,7 +98,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
             token = splat(builder, load_vector(builder, _at_token(builder, x, stride, t), FLOAT), W)
             for half in range(2):
                 i = half * n_tokens + t
-                values[i] = multiply_add(builder, rows[half], token, values[i])
+                values[i] = product(builder, rows[half], token, values[i])
         return pack(builder, values)
 
     @vector_op(floats, floats, int64, int64, int64)
@@ -114,7 +114,7 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
 
     @vector_op(floats, floats, floats, int64)
     def add_scaled(builder, f, g, scales):
-        rows = [_load_f16(builder, builder.add(scales, ir.Constant(I64, half * 2 * W))) for half in range(2)]
+        rows = [f16_at(builder, builder.add(scales, ir.Constant(I64, half * 2 * W))) for half in range(2)]
         sums = zip(unpack(builder, f), unpack(builder, g), strict=True)
         return pack(builder, [multiply_add(builder, b, rows[i // n_tokens], a) for i, (a, b) in enumerate(sums)])
 

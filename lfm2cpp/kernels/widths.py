@@ -8,6 +8,7 @@ _TARGET = level.target()
 _LEVEL = _TARGET.level
 W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
+BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 # Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
 TILE_TOKENS = 6 if REGISTERS == 32 else 3

@@ -54,6 +54,7 @@ from .memory import (
     prefetch_early,
     prefetch_near,
     prefetch_write,
+    store_bf16,
     store_bytes,
     store_f16,
     store_f32,

@@ -7,6 +7,7 @@ from numba import types
 
 from ..scalar import I16, I32, I64
 from ..vector import call_llvm, constant, shuffle, vector_op
+from .memory import f32_at
 from .registers import (
     F32_VECTOR,
     I8_VECTOR,
@@ -19,7 +20,7 @@ from .registers import (
     float32,
     i32,
     int64,
-    load_vector,
+    offset,
     side_by_side,
     store_vector,
 )
@@ -162,20 +163,24 @@ def sum_pieces_small(builder, a, b, c, d):
     return _sum_pairs_i16(builder, _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d))
 
 
-@vector_op(types.void, int64, int64, int64)
-def transpose_square(builder, source, destination, stride):
-    """W x W float32: rows of W at source, `stride` bytes apart, become columns at destination (rows of 4 W bytes)"""
-    rows = [
-        load_vector(builder, builder.add(source, builder.mul(stride, ir.Constant(I64, i))), F32_VECTOR)
-        for i in range(W)
-    ]
-    # Transpose 4 x 4 lanes within the pieces, then the pieces themselves.
-    groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
-    for j in range(4):
-        for piece in range(PIECES):
-            column = _pieces_of(builder, [group[j] for group in groups], piece)
-            row = builder.add(destination, ir.Constant(I64, 4 * W * (4 * piece + j)))
-            store_vector(builder, row, column)
+def make_transpose_square(load):
+    """transpose(source, stride, destination, step): W x W float32, whose rows load(builder, address) reads `stride`
+    bytes apart, become columns: rows at destination, `step` bytes apart."""
+
+    @vector_op(types.void, int64, int64, int64, int64)
+    def transpose(builder, source, stride, destination, step):
+        rows = [load(builder, offset(builder, source, (i, stride))) for i in range(W)]
+        # Transpose 4 x 4 lanes within the pieces, then the pieces themselves.
+        groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
+        for j in range(4):
+            for piece in range(PIECES):
+                column = _pieces_of(builder, [group[j] for group in groups], piece)
+                store_vector(builder, offset(builder, destination, (4 * piece + j, step)), column)
+
+    return transpose
+
+
+transpose_square = make_transpose_square(f32_at)
 
 
 def _pieces_of(builder, vectors, piece):

@@ -25,10 +25,23 @@ from .registers import (
 )
 
 
+def f32_at(builder, address):
+    return load_vector(builder, address, F32_VECTOR)
+
+
+def f16_at(builder, address):
+    return half_to_float(builder, load_vector(builder, address, F16_VECTOR), F32_VECTOR)
+
+
+def bf16_at(builder, address):
+    wide = builder.zext(load_vector(builder, address, I16_VECTOR), I32_VECTOR)
+    return builder.bitcast(builder.shl(wide, constant(I32_VECTOR, 16)), F32_VECTOR)
+
+
 @vector_op(f32, int64)
 def load_f32(builder, address):
     """W float32 at address"""
-    return load_vector(builder, address, F32_VECTOR)
+    return f32_at(builder, address)
 
 
 @vector_op(types.void, int64, f32)
@@ -64,7 +77,7 @@ def store_bytes(builder, address, value):
 @vector_op(f32, int64)
 def load_f16(builder, address):
     """W float16 at address, as float32"""
-    return half_to_float(builder, load_vector(builder, address, F16_VECTOR), F32_VECTOR)
+    return f16_at(builder, address)
 
 
 @vector_op(types.void, int64, f32)
@@ -76,8 +89,18 @@ def store_f16(builder, address, value):
 @vector_op(f32, int64)
 def load_bf16(builder, address):
     """W bfloat16 at address, as float32"""
-    wide = builder.zext(load_vector(builder, address, I16_VECTOR), I32_VECTOR)
-    return builder.bitcast(builder.shl(wide, constant(I32_VECTOR, 16)), F32_VECTOR)
+    return bf16_at(builder, address)
+
+
+@vector_op(types.void, int64, f32)
+def store_bf16(builder, address, value):
+    """W float32 to bfloat16 at address, to nearest even"""
+    bits = builder.bitcast(value, I32_VECTOR)
+    is_odd = builder.and_(builder.lshr(bits, constant(I32_VECTOR, 16)), constant(I32_VECTOR, 1))
+    rounded = builder.add(builder.add(bits, constant(I32_VECTOR, 0x7FFF)), is_odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)  # which rounding could make another number of
+    rounded = builder.select(is_nan, constant(I32_VECTOR, 0x7FC00000), rounded)
+    store_vector(builder, address, builder.trunc(builder.lshr(rounded, constant(I32_VECTOR, 16)), I16_VECTOR))
 
 
 @vector_op(f32, int64)
