@@ -35,7 +35,7 @@ from .simd import (
     transpose_square,
 )
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import LINE, SMALL_TILE_TOKENS, TILE_TOKENS
+from .widths import LINE, MEDIUM_TILE_TOKENS, SMALL_TILE_TOKENS, TILE_TOKENS
 
 FEW_TOKENS = 4 * TILE_TOKENS  # up to which a panel is used chain by chain
 SUMS = 8 * W  # bytes of one token's sums of the rows of a panel
@@ -145,6 +145,13 @@ def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
     return run_chains
 
 
+def run_chains_of_widths(weights: ModuleType) -> list[Any]:
+    """run_chains for wide, medium and small tiles; the last two may be one."""
+    widths = TILE_TOKENS, MEDIUM_TILE_TOKENS, SMALL_TILE_TOKENS
+    made = {n_tokens: make_run_chains(weights, n_tokens) for n_tokens in widths}
+    return [made[n_tokens] for n_tokens in widths]
+
+
 @dataclass(frozen=True)
 class PanelProduct:
     """A panel of 2 W rows by tokens, for a block type; totals are the sums, SUMS bytes a token.
@@ -163,7 +170,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
     raw_bytes, panel_block = weights.RAW_SCALES, weights.PANEL_BLOCK
     file_bytes = 2 * W * weights.BLOCK_BYTES // (weights.BLOCK // 32)  # of 32 columns of a panel
     ask_for_block = make_prefetch_lines(range(0, file_bytes, LINE), False)
-    wide, small = make_run_chains(weights, TILE_TOKENS), make_run_chains(weights, SMALL_TILE_TOKENS)
+    wide, medium, small = run_chains_of_widths(weights)
 
     @device
     def prepare(w, row_bytes, n_rows, n_blocks, raw):
@@ -195,8 +202,10 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             store_f32(totals + i, splat_f32(0.0))
         n_blocks, n_groups = n // 32, n_groups_of(n)
         zero, one = np.int64(0), np.int64(1)  # for a literal Numba would compile the callee once more
-        if count > SMALL_TILE_TOKENS:
+        if count > MEDIUM_TILE_TOKENS:
             wide(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
+        elif count > SMALL_TILE_TOKENS:
+            medium(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
         else:
             small(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
 
@@ -206,7 +215,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         raw = panel + n_groups * panel_block
         w = prepare(w, row_bytes, n_rows, n_blocks, raw)
         n_tiles, left = divmod(n_tokens, TILE_TOKENS)
-        if left > SMALL_TILE_TOKENS:
+        if left > MEDIUM_TILE_TOKENS:
             n_tiles, left = n_tiles + 1, 0
         last_tile, last_totals = act + n_tiles * tile_stride(n_groups), totals + n_tiles * TILE_TOKENS * SUMS
         for i in range(0, totals_nbytes(n_tokens), 4 * W):
@@ -214,7 +223,9 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         for c in range(min(W, n_blocks)):
             unpack_chains(w, row_bytes, c, c + 1, n_blocks, raw, panel, coming)
             wide(panel, c, c + 1, n_blocks, n_groups, act, n_tiles, totals)
-            if left:
+            if left > SMALL_TILE_TOKENS:
+                medium(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals)
+            elif left:
                 small(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals)
 
     return PanelProduct(unpack, by_tile, by_few)

@@ -12,7 +12,9 @@ BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded 
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 # Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
 TILE_TOKENS = 6 if REGISTERS == 32 else 3
-SMALL_TILE_TOKENS = 2  # of the tile for what is left over
+# Of the tiles for what is left over.
+MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
+SMALL_TILE_TOKENS = 2
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).

@@ -9,7 +9,6 @@ from ..scalar import I16, I32, I64
 from ..vector import call_llvm, constant, shuffle, vector_op
 from .memory import f32_at
 from .registers import (
-    F32_VECTOR,
     I8_VECTOR,
     I32_VECTOR,
     LEVEL,
