@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -48,3 +48,22 @@ def signals_held() -> Iterator[None]:
             signal.signal(number, handler)
         for number in held:
             signal.raise_signal(number)
+
+
+@contextmanager
+def first_interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C calls `stop`; it raises nothing, so that no work in hand is lost. The next one raises again."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, handler)
+        stop()
+
+    try:
+        signal.signal(signal.SIGINT, ask)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

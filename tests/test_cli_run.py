@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -14,8 +15,13 @@ from bigram_model import HELLO, bigram_gguf, endless_gguf, piece_ids
 from cli_process import COMMAND, Cli, environment, finish, first, lfm2cpp, modules_imported, shell, started
 from tiny_model import Weights, tiny_gguf
 
+from lfm2cpp.cli.output import AnswerOutput
+from lfm2cpp.cli.run import show
+from lfm2cpp.generate import Event, Generation, Piece, Timings
+
 CONTROLS = ["A", "\u011b", "]", "5", "2", "\u0107", "\u010d", "B", "\u011a", "<|im_end|>"]  # A ESC ] 5 2 BEL CR B 0x1a
 T = gguf.GGUFValueType
+ENDED = Generation("12345", (1, 2, 3, 4, 5), (0,), "interrupted", "", Timings(0, 1, 0.0, 5, 0.0), 0)
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +334,41 @@ def test_ctrl_c_ends_with_130_at_once(models: dict[str, Path]) -> None:
         assert result.code == 130 and time.monotonic() - sent < 1.5
         text = (head + result.out).rstrip("\n")
         assert text == ("ab" * len(text))[: len(text)]
+
+
+class Struck:
+    """A stream of 1, 2, 3, 4, 5 that a Ctrl-C strikes while the pieces in `at` are on their way out of it."""
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.step, self.n_stops = at, 0, 0
+
+    def __iter__(self) -> Struck:
+        return self
+
+    def __next__(self) -> Event:
+        self.step += 1
+        if self.step in self.at:
+            signal.raise_signal(signal.SIGINT)
+        return Piece(str(self.step), self.step) if self.step <= 5 else ENDED
+
+    def stop(self) -> None:
+        self.n_stops += 1
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_ctrl_c_loses_no_piece(capsys: pytest.CaptureFixture[str], at: int) -> None:
+    """Not even the one that was taken from the stream and is not written yet."""
+    stream: Any = Struck(at)
+    assert show(stream, AnswerOutput()) is ENDED
+    assert (capsys.readouterr().out, stream.n_stops) == ("12345\n", 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    stream: Any = Struck(2, 4)
+    with pytest.raises(KeyboardInterrupt):
+        show(stream, None)
+    assert stream.step == 4 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_with_json_gives_the_part_that_there_is(models: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lfm2cpp.errors import UsageError
+from lfm2cpp.signals import first_interrupt_calls
 from lfm2cpp.terminal import format_size
 
 from .loading import load_llm, read_stdin, read_text, stdin_is_tty, without_last_newline
@@ -76,10 +77,8 @@ def show(stream: Stream, output: AnswerOutput | None) -> Generation:
     """Write an answer while it comes (not when `output` is None). Ctrl-C ends it; the Generation says so."""
     status = StatusLine()
     try:
-        result = _consume(stream, output, status)
-    except KeyboardInterrupt:
-        stream.stop()
-        result = _consume(stream, output, status)
+        with first_interrupt_calls(stream.stop):
+            result = _consume(stream, output, status)
     finally:
         status.clear()
     if output is not None:
