@@ -105,6 +105,11 @@ def test_a_named_cpu_has_what_its_name_promises(
     assert set(re.findall(r"\+([\w.-]+)", found.switches)) <= promised
 
 
+def test_which_zen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, generation in (("znver2", 2), ("znver4", 4), ("znver5", 5), ("alderlake", 0), ("neoverse-n1", 0)):
+        assert target(monkeypatch, NUMBA_CPU_NAME=name).zen == generation
+
+
 def test_features_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in Numba: they are added to what the host's name promises."""
     found, name = target(monkeypatch, NUMBA_CPU_FEATURES="+avx2,+fma,+f16c"), llvm.get_host_cpu_name()

@@ -20,11 +20,11 @@ from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
 from .simd import W, prefetch_again, prefetch_early, prefetch_write
 from .tile import make_tile
-from .widths import ASKED_ONCE, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
+from .widths import ASKED_NEAR, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
-FLOATS_AHEAD = 1 if ASKED_ONCE else AHEAD  # of floats, of which two would take a third of a first-level cache
+FLOATS_AHEAD = 1 if ASKED_NEAR else AHEAD  # of floats, of which two would take a third of a first-level cache
 # Bytes ahead to ask for floats to be near: by multiples of 4096 they would push out each other, and the scores. Behind
 # the last head of a page are other blocks of it, which then need not come from memory when it is their turn.
 NEAR = 2048

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,14 +97,15 @@ class Target:
         return "|".join((self.level.name, self.cpu_name, self.switches))
 
     @property
-    def is_zen(self) -> bool:
-        """Whether it is a core of AMD's."""
-        return self.cpu_name.startswith("znver")
+    def zen(self) -> int:
+        """Which of AMD's Zen cores it is, 0 for other makers'."""
+        found = re.fullmatch(r"znver(\d+)", self.cpu_name)
+        return int(found[1]) if found else 0
 
     @property
     def has_bf16_products(self) -> bool:
         """Whether products of bfloat16 are twice as fast as those of float32. On Intel's cores they are as fast."""
-        return self.is_zen and self.level.bits == 512 and "avx512bf16" in self.features
+        return self.zen > 0 and self.level.bits == 512 and "avx512bf16" in self.features
 
     @property
     def has_half(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import make_prefetch_lines
-from .widths import ASKED_ONCE, LINE, W
+from .widths import ASKED_NEAR, ASKED_ONCE, LINE, W
 
 SHARES_A_THREAD = 2
 # Where a byte is asked for twice, it is NEAR bytes before its use, when few may be on their way, and FAR bytes before.
@@ -71,7 +71,7 @@ def make_prefetches(nbytes: int, parts: int) -> list[Any]:
 
 def _make_prefetch(lines: list[int]) -> Any:
     ask_again = make_prefetch_lines([] if ASKED_ONCE else [NEAR + n for n in lines], True)
-    ask_early = make_prefetch_lines(lines, ASKED_ONCE)
+    ask_early = make_prefetch_lines(lines, ASKED_NEAR)
 
     @device
     def ask(address, far):

@@ -31,9 +31,10 @@ LOGITS_BINS = 512  # by which it finds where a share of all probability ends
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line
-# How a stream from memory is asked for. Zen 5 wants every line once, straight into the first-level cache; Xeons are
-# faster with two askings, early into the second-level cache and soon before the use into the first.
-ASKED_ONCE = _TARGET.is_zen
+# How a stream from memory is asked for. A Zen wants every line once, early: into the second-level cache, since Zen 5
+# straight into the first. A Xeon wants it twice: early into the second-level cache, into the first soon before the use.
+ASKED_ONCE = _TARGET.zen > 0
+ASKED_NEAR = _TARGET.zen >= 5
 
 
 def activation_nbytes(n: int) -> int:

@@ -8,7 +8,7 @@ from numba import types
 from ..portable import float_to_half, half_to_float
 from ..scalar import I32, I64
 from ..vector import call_llvm, constant, vector_op
-from ..widths import ASKED_ONCE
+from ..widths import ASKED_NEAR, ASKED_ONCE
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
@@ -127,7 +127,7 @@ def prefetch_near(builder, address):
 @vector_op(types.void, int64)
 def prefetch_early(builder, address):
     """Ask for the cache line at address of a stream, well before its use. Never faults"""
-    _prefetch(builder, address, NEXT_TO_CORE if ASKED_ONCE else SECOND_LEVEL)
+    _prefetch(builder, address, NEXT_TO_CORE if ASKED_NEAR else SECOND_LEVEL)
 
 
 @vector_op(types.void, int64)
