@@ -317,6 +317,17 @@ def test_a_full_disk_as_stdout(models: dict[str, Path]) -> None:
     assert result.code == 1 and "stdout cannot be written: No space left" in result.err and result.err.count("\n") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["tokenize -m MODEL hi", "inspect MODEL", "doctor", "--version", "run --help"])
+def test_a_full_disk_as_stdout_of_any_command(models: dict[str, Path], command: str, buffered: bool) -> None:
+    """Also when Python notices it only at the end."""
+    arguments = [models["hello"] if word == "MODEL" else word for word in command.split()]
+    with open("/dev/full", "wb") as full:
+        result = lfm2cpp(*arguments, stdout=full, env={"PYTHONUNBUFFERED": "" if buffered else "1"})
+    assert result.code == 1 and "No space left" in result.err and result.err.count("\n") == 1
+
+
 def test_a_closed_stdout(models: dict[str, Path]) -> None:
     result = shell(f"$LFM run -m {models['hello']} -p hi >&-")
     assert result.code == 1 and "stdout is closed" in result.err

@@ -13,6 +13,8 @@ import click
 from lfm2cpp import __version__
 from lfm2cpp.errors import LFM2Error
 
+from .output import settle_stdout
+
 # command -> (module:function, one line of help). Modules load on use, so that --help imports nothing heavy.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("lfm2cpp.cli.demo:demo", "Convert, quantize, check and chat with the model that comes along."),
@@ -78,11 +80,11 @@ def invoke(command: click.Command, prog_name: str) -> None:
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader left (head -1): nobody to tell, and the flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        settle_stdout()  # the reader left (head -1): nobody to tell
         sys.exit(141)
     except OSError as error:
-        fail(str(error), 1)
+        lost = settle_stdout()
+        fail(f"stdout cannot be written: {lost.strerror}" if lost is not None else str(error), 1)
     except MemoryError:
         fail("out of memory; try a smaller --ctx-size or a smaller model", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -98,6 +100,7 @@ def _hint_at_file_name(error: click.NoSuchOption) -> None:
 def fail(message: str, exit_code: int) -> None:
     """One line on stderr, whatever the message holds, then exit; a second Ctrl-C meanwhile changes nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settle_stdout()
     click.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(exit_code)
 

@@ -9,6 +9,17 @@ from lfm2cpp.errors import LFM2Error
 from lfm2cpp.terminal import printable
 
 
+def settle_stdout() -> OSError | None:
+    """Flush stdout. What cannot be written goes nowhere, or the flush at exit would fail again; returns the reason."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
 class AnswerOutput:
     """stdout for the text of a model. On a terminal control characters are dropped; a pipe gets the text as it is."""
 
@@ -32,17 +43,13 @@ class AnswerOutput:
         except BrokenPipeError:
             raise
         except OSError as error:
-            self._give_up()
+            settle_stdout()
             raise LFM2Error(f"stdout cannot be written: {error.strerror}") from None
 
     def end_line(self) -> None:
         """Finish the line, unless it is finished."""
         if self._last != "\n":
             self.write("\n")
-
-    def _give_up(self) -> None:
-        """What is buffered can never be written: let the flush at exit go nowhere."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StatusLine:
