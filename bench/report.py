@@ -49,6 +49,7 @@ def save_part(folder: Path, results: dict[str, Any], part: str, rows: list[dict[
         "commit": build_commit(),
         "load_average": LOAD_AVERAGE,
         "rounds": rounds,
+        "cpu": describe_machine()["cpu"]["name"],
         "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
         "rows": rows,
     }
@@ -92,7 +93,7 @@ def report_lines(results: dict[str, Any], pictures: list[str]) -> list[str]:
         lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})", ""]
     for part, title in TITLES.items():
         if part in results["parts"]:
-            lines += _part_lines(part, title, results["parts"][part])
+            lines += _part_lines(part, title, results["parts"][part], results["machine"])
     return lines[:-1]
 
 
@@ -117,10 +118,12 @@ def _conditions(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _part_lines(part: str, title: str, data: dict[str, Any]) -> list[str]:
+def _part_lines(part: str, title: str, data: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     load = data.get("load_average")
     when = f"{data['date']}, commit {data['commit']}, {data['rounds']} rounds"
     when += f", load average {load:.1f} before" if load is not None else ""
+    cpu = data.get("cpu", machine.get("cpu"))
+    when += f", on {cpu}" if cpu != machine.get("cpu") else ""
     table = {"profile": _profile_table, "process": _process_table, "files": _files_table}.get(part)
     if table is None:
         table = _generate_table if part == "generate" else _ratio_table

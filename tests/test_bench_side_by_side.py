@@ -164,6 +164,12 @@ def test_report_of_every_part(tmp_path: Path) -> None:
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
 
 
+def test_a_part_that_was_measured_elsewhere_says_so() -> None:
+    files = {**EVERY_PART["parts"]["files"], "cpu": "D"}
+    results = {**EVERY_PART, "parts": {**EVERY_PART["parts"], "files": files}}
+    assert ["on D" in line for line in report_lines(results, []) if "commit def" in line].count(True) == 1
+
+
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "results.json").write_text(json.dumps(EVERY_PART))
