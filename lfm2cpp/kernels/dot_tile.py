@@ -21,9 +21,9 @@ from numba import types
 
 from .dot import NEON, dot_pairs_value, dot_panel_i8_value, dot_u7_value
 from .portable import multiply_add
-from .scalar import FLOAT, I32
-from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32
-from .tile import VECTOR, add_to_totals, load_at, pack, unpack
+from .scalar import FLOAT, I32, I64
+from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector, store_vector
+from .tile import VECTOR, load_at, pack, unpack
 from .vector import shuffle, splat, vector_op
 from .widths import PAIRS
 
@@ -184,7 +184,12 @@ def make_dot_tile(n_tokens: int) -> DotTile:
 
     @vector_op(types.void, int64, floats)
     def add_to(builder, totals, f):
-        add_to_totals(builder, totals, lay.by_token(builder, unpack(builder, f)))
+        for i, value in enumerate(lay.by_token(builder, unpack(builder, f))):
+            half, t = divmod(i, n_tokens)
+            where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
+            store_vector(builder, where, builder.fadd(load_vector(builder, where, F32_VECTOR), value))
+        # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
         zero, zero_int, start, dots(32, lay.dot_u7), dots(32, lay.dot_i8), dots(16, lay.dot_u7),

@@ -1,7 +1,7 @@
 """out[t] = W x[t] for F32, F16 and BF16 weights by float32 activations.
 
-The same two ways and the same promise as mul_mat.py; here lane c of a row's sum takes the columns k with k % W == c, as
-two chains (even and odd runs of W columns) that are added at the end.
+The same two ways and the same promise as mul_mat.py; here lane c of a row's sum takes the columns k with k % W == c,
+one after the other: a chain.
 
 Where the CPU multiplies BF16 faster, two elements are one column of 4 bytes, and so are the activations, which
 round_rows rounds to BF16; the rest is the same.
@@ -25,22 +25,26 @@ from .tile import make_tile
 from .weights import floats
 from .widths import LINE, SMALL_TILE_TOKENS, TILE_TOKENS
 
-RUN = 2 * W  # columns that advance both chains of every lane by one
+# Rows that decode reads side by side: where vectors are short, the multiply-adds of one chain, which wait for each
+# other, would be slower than the memory.
+ROWS_AT_ONCE = 1 if W == 16 else 2
+TAIL_BYTES = 4 * LINE  # of scratch: the last columns of a row, at most a line, and those of the activations
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
 ENTRY = 4  # bytes of an activation
 STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
-COPIED_RUNS = 32  # of a tile's rows that chain_rows reads again and again, 24 KB at the widest
+COPIED_RUNS = 64  # of a tile's rows that chain_rows reads again and again, 24 KB at the widest
 
 
 @device
 def runs_of(n):
-    return (n + RUN - 1) // RUN
+    """Runs of W columns: each advances the chain of every lane by one."""
+    return (n + W - 1) // W
 
 
 @device
 def tile_stride(n):
     """Bytes of a tile of chained rows of n elements."""
-    return runs_of(n) * (RUN * STEP)
+    return runs_of(n) * (W * STEP)
 
 
 @device
@@ -54,7 +58,7 @@ def chain_stride(runs):
 def chain_rows(x, n, chained, count, ith, nth):
     """Copy float32 rows for prefill, chain by chain, the tokens of a tile side by side:
 
-    chained[t // TILE_TOKENS, 2 lane + odd, m, t % TILE_TOKENS] = x[t, m RUN + odd W + lane], zero from n on
+    chained[t // TILE_TOKENS, lane, m, t % TILE_TOKENS] = x[t, m W + lane], zero from n on
     """
     n_tokens, runs = load_i64(count), runs_of(n)
     if n_tokens == 1:
@@ -71,11 +75,10 @@ def chain_rows(x, n, chained, count, ith, nth):
 def chain_part(rows, n_rows, n, first, last, chained):
     """Runs first .. last - 1 of one tile's rows, chain by chain: written in order, read from the nearest cache."""
     runs = runs_of(n)
-    for chain in range(2 * W):
-        column = chain // 2 + chain % 2 * W
-        out = chained + chain * runs * STEP
+    for lane in range(W):
+        out = chained + lane * runs * STEP
         for m in range(first, last):
-            at = 4 * (m * RUN + column)
+            at = 4 * (m * W + lane)
             if at >= 4 * n:
                 for t in range(TILE_TOKENS):
                     store_scalar(out + m * STEP + t * ENTRY, np.float32(0.0))
@@ -97,49 +100,68 @@ def round_rows(x, n, pairs, count, ith, nth):
 
 def make_row_sums(weights: floats.FloatWeights) -> Any:
     load, size, multiply_add = weights.load, weights.size, weights.multiply_add
-    (ask,) = make_prefetches(RUN * size, 1)
+    columns = LINE // size  # of a cache line
+    (ask,) = make_prefetches(LINE, 1)
 
     @device
-    def copy_tail(row, x, left, scratch):
-        """The last columns of a row and of x, completed with zeros: RUN of each."""
-        for i in range(RUN * size):
-            store_i8(scratch + i, load_u8(row + i) if i < left * size else 0)
-        for i in range(left):
-            store_scalar(scratch + RUN * 4 + 4 * i, load_scalar(x + 4 * i))
-        for i in range(left, RUN):
-            store_scalar(scratch + RUN * 4 + 4 * i, 0.0)
+    def add_line(row, x, total):
+        for i in range(0, columns, W):
+            total = multiply_add(load(row + i * size), load_f32(x + i * 4), total)
+        return total
+
+    @device
+    def add_tail(row, x, n, total, scratch):
+        """The columns after the last whole line of a row, and of x, completed with zeros."""
+        left, x_tail = n % columns, scratch + LINE
+        for i in range(LINE):
+            store_i8(scratch + i, load_u8(row + (n - left) * size + i) if i < left * size else 0)
+        for i in range(columns * 4):
+            store_i8(x_tail + i, load_u8(x + (n - left) * 4 + i) if i < left * 4 else 0)
+        return add_line(scratch, x_tail, total)
 
     @device
     def sum_row(row, far, x, n, scratch):
-        even = splat_f32(0.0)
-        odd = splat_f32(0.0)
-        for k in range(0, n - RUN + 1, RUN):
+        total = splat_f32(0.0)
+        for k in range(0, n - columns + 1, columns):
             ask(row + k * size, far)
-            even = multiply_add(load(row + k * size), load_f32(x + 4 * k), even)
-            odd = multiply_add(load(row + (k + W) * size), load_f32(x + 4 * (k + W)), odd)
-        left = n % RUN
-        if left:
-            copy_tail(row + (n - left) * size, x + 4 * (n - left), left, scratch)
-            even = multiply_add(load(scratch), load_f32(scratch + RUN * 4), even)
-            odd = multiply_add(load(scratch + W * size), load_f32(scratch + RUN * 4 + 4 * W), odd)
-        return even + odd
+            total = add_line(row + k * size, x + 4 * k, total)
+        return add_tail(row, x, n, total, scratch) if n % columns else total
 
-    return sum_row
+    @device
+    def sum_two_rows(row, other, far, x, n, scratch):
+        total = other_total = splat_f32(0.0)
+        for k in range(0, n - columns + 1, columns):
+            ask(row + k * size, far)
+            total = add_line(row + k * size, x + 4 * k, total)
+            ask(other + k * size, far)
+            other_total = add_line(other + k * size, x + 4 * k, other_total)
+        if n % columns:
+            total = add_tail(row, x, n, total, scratch)
+            other_total = add_tail(other, x, n, other_total, scratch)
+        return total, other_total
+
+    return sum_row, sum_two_rows
 
 
 def make_decode(weights: floats.FloatWeights) -> Any:
     """Rows by one token; `far` is how many bytes ahead they are asked for."""
-    sum_row, size = make_row_sums(weights), weights.size
+    (sum_row, sum_two_rows), size = make_row_sums(weights), weights.size
 
     @device
     def decode_rows(w, n_rows, n, x, out, add, first, last, far, scratch):
         keep_apart()
-        lanes = scratch + RUN * 8
+        lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
         for row in range(first, last, W):
-            for r in range(W):
-                address = w + min(row + r, n_rows - 1) * n * size
-                store_f32(lanes + r * 4 * W, sum_row(address, far, x, n, scratch))
+            for r in range(0, W, ROWS_AT_ONCE):
+                address, sums = w + min(row + r, n_rows - 1) * n * size, lanes + r * 4 * W
+                if ROWS_AT_ONCE == 1:
+                    store_f32(sums, sum_row(address, far, x, n, scratch))
+                else:
+                    other = w + min(row + r + 1, n_rows - 1) * n * size
+                    total, other_total = sum_two_rows(address, other, far, x, n, scratch)
+                    store_f32(sums, total)
+                    store_f32(sums + 4 * W, other_total)
             store_rows(lanes, columns, out, add, row, n_rows)
 
     return decode_rows
@@ -147,8 +169,8 @@ def make_decode(weights: floats.FloatWeights) -> Any:
 
 def make_unpack(weights: floats.FloatWeights) -> Any:
     transpose, size = weights.transpose, weights.size
-    file_bytes = 2 * W * RUN * size  # of a run of columns of a panel
-    ask_for_run = make_prefetch_lines(range(0, file_bytes, LINE), False)
+    runs_of_line = LINE // (W * size)  # a line that has left the first-level cache would have to come again
+    ask_for_line = make_prefetch_lines(range(0, 2 * W * LINE, LINE), False)
 
     @device
     def complete(w, n, k, square):
@@ -164,24 +186,24 @@ def make_unpack(weights: floats.FloatWeights) -> Any:
         keep_apart()
         runs = runs_of(n)
         chain = chain_stride(runs)
-        for m in range(runs):
-            ask_for_run(coming + m * file_bytes)
+        for begin in range(0, runs, runs_of_line):
+            ask_for_line(coming + 2 * W * begin * W * size)
             for half in range(2):
                 rows = w + half * W * n * size
-                for odd in range(2):
-                    k, out = m * RUN + odd * W, panel + odd * chain + (2 * m + half) * 4 * W
+                for m in range(begin, min(begin + runs_of_line, runs)):
+                    k, out = m * W, panel + (2 * m + half) * 4 * W
                     if k + W <= n:
-                        transpose(rows + k * size, n * size, out, 2 * chain)
+                        transpose(rows + k * size, n * size, out, chain)
                     else:
                         complete(rows, n, k, square)
-                        transpose(square, W * size, out, 2 * chain)
+                        transpose(square, W * size, out, chain)
 
     return unpack_panel
 
 
 def make_run_tile(n_tokens: int, element: str) -> Any:
     tile = make_tile(n_tokens, element)
-    zero, step, add, add_to = tile.zero, tile.fma, tile.add, tile.add_to
+    zero, step, add, store = tile.zero, tile.fma, tile.add, tile.store
 
     @device
     def run_chain(panel, x, runs):
@@ -197,14 +219,12 @@ def make_run_tile(n_tokens: int, element: str) -> Any:
     def run_tile(panel, x, n, totals):
         keep_apart()
         runs = runs_of(n)
-        for i in range(2 * n_tokens):
-            store_f32(totals + i * 4 * W, splat_f32(0.0))
+        total = zero(0)
         for _ in range(W):
-            even = run_chain(panel, x, runs)
-            odd = run_chain(panel + chain_stride(runs), x + runs * STEP, runs)
-            add_to(totals, add(even, odd))
-            panel += 2 * chain_stride(runs)
-            x += 2 * runs * STEP
+            total = add(total, run_chain(panel, x, runs))
+            panel += chain_stride(runs)
+            x += runs * STEP
+        store(totals, 8 * W, total)
 
     return run_tile
 

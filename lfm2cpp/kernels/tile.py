@@ -35,7 +35,6 @@ class Tile:
     load: Any  # (address, stride) -> rows of 2 W float32, `stride` bytes apart
     store: Any  # (address, stride, f): the same
     add: Any  # (f, g) -> f + g
-    add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
 
 
 def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.Type) -> ir.Value:
@@ -51,17 +50,6 @@ def pack(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
     for i, value in enumerate(values):
         tile = builder.insert_value(tile, value, i)
     return tile
-
-
-def add_to_totals(builder: ir.IRBuilder, totals: ir.Value, values: list[ir.Value]) -> None:
-    """Add a tile's values, [half][token], to rows of 2 W float32 in memory, one a token."""
-    n_tokens = len(values) // 2
-    for i, value in enumerate(values):
-        half, t = divmod(i, n_tokens)
-        where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
-        store_vector(builder, where, builder.fadd(load_vector(builder, where, F32_VECTOR), value))
-    # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
-    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
 def _load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -135,8 +123,4 @@ def make_tile(n_tokens: int, element: str = "f32") -> Tile:  # noqa: C901 - one 
     def add(builder, f, g):
         return pack(builder, [builder.fadd(a, b) for a, b in zip(unpack(builder, f), unpack(builder, g), strict=True)])
 
-    @vector_op(types.void, int64, floats)
-    def add_to(builder, totals, f):
-        add_to_totals(builder, totals, unpack(builder, f))
-
-    return Tile(zero, fma, fma_scaled, add_scaled, load, store, add, add_to)
+    return Tile(zero, fma, fma_scaled, add_scaled, load, store, add)
