@@ -15,8 +15,9 @@ from .simd import make_prefetch_lines
 from .widths import ASKED_NEAR, ASKED_ONCE, LINE, W
 
 SHARES_A_THREAD = 2
-# Where a byte is asked for twice, it is NEAR bytes before its use, when few may be on their way, and FAR bytes before.
-NEAR, FAR = 1536, 16384
+# A byte is asked for FAR bytes before its use. Where it is asked for twice, then again NEAR bytes before, when few may
+# be on their way, or AGAIN bytes before, where the first request may have been forgotten.
+NEAR, AGAIN, FAR = 1536, 4096, 16384
 # A unit of rows asks for the unit that follows, if it has about this many bytes; any other asks FAR ahead in the file.
 LEAST, MOST = 8192, 98304
 
@@ -59,18 +60,23 @@ def distance(rows, nbytes, coming):
     return coming - rows if LEAST <= nbytes <= MOST else FAR
 
 
-def make_prefetches(nbytes: int, parts: int) -> list[Any]:
+def make_prefetches(nbytes: int, parts: int, *, fast: bool = False) -> list[Any]:
     """`parts` words ask(address, far), which together ask for what comes `far` bytes after the nbytes at address.
 
     To be put between products: prefetches side by side hold each other up, for a core has few places for what is on its
-    way.
+    way. `fast`: the bytes are used up as fast as they come, which 4-bit types, with most arithmetic a byte, are not.
     """
     lines = range(0, nbytes, LINE)
-    return [_make_prefetch([n for n in lines if n * parts // nbytes == part]) for part in range(parts)]
+    return [_make_prefetch([n for n in lines if n * parts // nbytes == part], fast) for part in range(parts)]
 
 
-def _make_prefetch(lines: list[int]) -> Any:
-    ask_again = make_prefetch_lines([] if ASKED_ONCE else [NEAR + n for n in lines], True)
+def _make_prefetch(lines: list[int], fast: bool) -> Any:
+    again: list[int] = []
+    if not ASKED_ONCE:
+        again = [NEAR + n for n in lines]
+    elif fast and not ASKED_NEAR:
+        again = [AGAIN + n for n in lines]
+    ask_again = make_prefetch_lines(again, not ASKED_ONCE)
     ask_early = make_prefetch_lines(lines, ASKED_NEAR)
 
     @device

@@ -33,6 +33,7 @@ PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line
 # How a stream from memory is asked for. A Zen wants every line once, early: into the second-level cache, since Zen 5
 # straight into the first. A Xeon wants it twice: early into the second-level cache, into the first soon before the use.
+# Up to Zen 4 a request that finds no place is forgotten, so streams that keep all places taken are asked for again.
 ASKED_ONCE = _TARGET.zen > 0
 ASKED_NEAR = _TARGET.zen >= 5
 

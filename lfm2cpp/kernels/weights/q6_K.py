@@ -38,7 +38,7 @@ PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
 RAW_SCALES = 8 * W  # bytes of them as in the file
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 LOW_SCALES, HIGH_SCALES, PANEL_D = 64 * W, 72 * W, 80 * W  # offsets in a panel block
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
 
 
 @device

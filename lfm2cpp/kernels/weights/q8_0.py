@@ -28,7 +28,7 @@ PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
 RAW_SCALES = 4 * W  # bytes of them as in the file
 QS = 2  # offset of the integers in a block
 SCALES = 64 * W  # offset in a panel block
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
 
 
 @device
