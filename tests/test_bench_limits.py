@@ -132,6 +132,9 @@ def test_profile_adds_up(tmp_path: Path) -> None:
         ops_ns = profile["ops_share"] * profile["step_ns"]
         assert sum(op["ns"] for op in profile["ops"]) == pytest.approx(ops_ns, rel=1e-3)
         assert profile["limits"]["n_threads"] == profile["n_threads"]
+        reads = profile["read_samples_bytes_per_s"]
+        assert len(reads) == len(profile["weights_read_samples_bytes_per_s"]) == 3  # around two repetitions
+        assert profile["limits"]["read_bytes_per_s"] == sorted(reads)[1]
 
 
 def test_a_profile_has_a_row_a_replay_and_ends_by_itself(tmp_path: Path) -> None:

@@ -49,12 +49,21 @@ class Limits:
 def measure_limits(n_threads: list[int], progress: Progress | None = None) -> list[Limits]:
     """The limits for each number of threads. Takes about a second, and up to a gigabyte of memory meanwhile."""
     library().load(KERNELS, progress)
-    buffer = touched_buffer(buffer_size())
-    address = -(-buffer.ctypes.data // READ_STEP) * READ_STEP
-    nbytes = buffer.nbytes - READ_STEP
-    return [
-        Limits(n, read_rate(address, nbytes, n), int8_rate(n), f32_rate(n), buffer.nbytes) for n in n_threads
-    ]
+    memory = Memory()
+    return [Limits(n, memory.read_rate(n), int8_rate(n), f32_rate(n), memory.nbytes) for n in n_threads]
+
+
+class Memory:
+    """A buffer of several times the caches, for as long as it is to be read."""
+
+    def __init__(self) -> None:
+        self._buffer = touched_buffer(buffer_size())
+        self.nbytes = self._buffer.nbytes
+
+    def read_rate(self, n_threads: int, rounds: int = READ_ROUNDS) -> float:
+        """Bytes a second at which threads read it."""
+        address = -(-self._buffer.ctypes.data // READ_STEP) * READ_STEP
+        return read_rate(address, self.nbytes - READ_STEP, n_threads, rounds)
 
 
 def buffer_size() -> int:

@@ -3,10 +3,14 @@
 A kind's limit is the larger of two times: its bytes at the measured read bandwidth, its multiply-adds at the measured
 peak: int8 for block types, float32 for the rest and for attention, twice that for BF16 where its products are twice as
 fast. Decode runs into the first, prefill into the second.
+
+What others on the machine leave of the bandwidth changes from second to second, so it is measured between the
+repetitions, and the medians of both are compared.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +19,13 @@ import numpy as np
 
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.engine.plan import Op
-from lfm2cpp.engine.sequence import Sequence
-from lfm2cpp.kernels.library import Progress
+from lfm2cpp.kernels.library import Progress, library
 from lfm2cpp.kernels.widths import BF16_PAIRS, PAGE_TOKENS
 
-from .limits import READ_ROUNDS, READ_STEP, Limits, measure_limits, read_rate
+from .limits import KERNELS, READ_STEP, Limits, Memory, f32_rate, int8_rate, read_rate
 from .measure import Base, ModelInfo, Runner, Setup, Test, open_engine
 
+READS = 2  # times that the memory is read before a repetition; the faster counts
 FLOAT_KINDS = ("mul_mat F32", "mul_mat F16", "mul_mat BF16", "attention")
 
 
@@ -52,14 +56,15 @@ class Kind:
 class Profile:
     """A step (a token of decode, or a whole prompt): the mean of the middle half of `n_steps` by time.
 
-    Now and then something else holds a step up for long. `read_bytes_per_s` is the bandwidth compared with.
+    Now and then something else holds a step up for long. `reads` are bandwidths from before the first repetition to
+    after the last, `read_bytes_per_s` is what the step is compared with.
     """
 
     setup: Setup
     test: Test
     model: ModelInfo
     limits: Limits
-    weights_read_bytes_per_s: float
+    reads: Reads
     n_steps: int
     step_ns: float
     kinds: list[Kind] = field(default_factory=list)
@@ -67,7 +72,7 @@ class Profile:
     @property
     def read_bytes_per_s(self) -> float:
         """Of memory, or of the mapped weights where they are read faster: caches may hold a small model."""
-        return max(self.limits.read_bytes_per_s, self.weights_read_bytes_per_s)
+        return max(self.limits.read_bytes_per_s, self.reads.of_weights)
 
     @property
     def total(self) -> Kind:
@@ -103,7 +108,9 @@ class Profile:
             "ops_share": self.ops_share,
             "share_of_limit": self.share_of_limit,
             "limits": self.limits.to_json(),
-            "weights_read_bytes_per_s": self.weights_read_bytes_per_s,
+            "weights_read_bytes_per_s": self.reads.of_weights,
+            "read_samples_bytes_per_s": self.reads.memory,
+            "weights_read_samples_bytes_per_s": self.reads.weights,
             "ops": [
                 {
                     "kind": k.label,
@@ -121,46 +128,63 @@ class Profile:
 def run_profiles(
     setup: Setup, tests: list[Test], repetitions: int, *, progress: Progress | None = None
 ) -> Iterator[Profile]:
-    """Profile every pp and tg test; then measure the limits, with as many threads.
-
-    In this order because the limits need a gigabyte: while the system takes it back, a step now and then takes long.
-    """
+    """Profile every pp and tg test. Takes up to a gigabyte of memory beside the model's."""
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     with open_engine(setup, n_ctx, progress) as engine:
-        model, base = ModelInfo.of(engine), Base(engine)
-        steps = [_profile_test(engine, base.at(test.n_depth), test, repetitions) for test in tests]
-        limits = measure_limits([setup.n_threads], progress)[0]
-        weights_read = _weights_read_rate(engine, setup.n_threads)
-        for test, (n_steps, step_ns, kinds) in zip(tests, steps, strict=True):
-            yield Profile(setup, test, model, limits, weights_read, n_steps, step_ns, kinds)
+        library().load(KERNELS, progress)
+        model, base, n_threads = ModelInfo.of(engine), Base(engine), setup.n_threads
+        memory = Memory()  # kept to the end: while the system takes it back, a step now and then takes long
+        for test in tests:
+            reads = Reads(memory, engine, n_threads)
+            n_steps, step_ns, kinds = _profile_test(Runner(engine, base.at(test.n_depth)), test, repetitions, reads)
+            limits = Limits(n_threads, reads.of_memory, int8_rate(n_threads), f32_rate(n_threads), memory.nbytes)
+            yield Profile(setup, test, model, limits, reads, n_steps, step_ns, kinds)
 
 
-def _profile_test(engine: Engine, base: Sequence, test: Test, repetitions: int) -> tuple[int, float, list[Kind]]:
+class Reads:
+    """How fast `n_threads` read memory, and the mapped weights where they lie, as a decode step has to."""
+
+    def __init__(self, memory: Memory, engine: Engine, n_threads: int) -> None:
+        infos = [info for info in engine.gguf.tensors.values() if info.file == 0]
+        self._first = min(engine.gguf.locate(info.name) for info in infos)
+        self._nbytes = max(engine.gguf.locate(info.name) + info.nbytes for info in infos) - self._first
+        self._source, self._n_threads = memory, n_threads
+        self.memory: list[float] = []
+        self.weights: list[float] = []
+
+    def measure(self) -> None:
+        """Once more."""
+        self.memory.append(self._source.read_rate(self._n_threads, READS))
+        if self._nbytes >= READ_STEP * self._n_threads:
+            self.weights.append(read_rate(self._first, self._nbytes, self._n_threads, READS))
+
+    @property
+    def of_memory(self) -> float:
+        return statistics.median(self.memory)
+
+    @property
+    def of_weights(self) -> float:
+        return statistics.median(self.weights or [0.0])
+
+
+def _profile_test(runner: Runner, test: Test, repetitions: int, reads: Reads) -> tuple[int, float, list[Kind]]:
     """How many steps, nanoseconds a step, and where they went."""
-    runner = Runner(engine, base)
+    engine = runner.engine
     runner.run(test.n_prompt, min(test.n_gen, 1))
     steps_ns: list[int] = []
     ns_by_op: list[np.ndarray] = []
     for _ in range(repetitions):
+        reads.measure()
         engine.team.start_profile(test.n_prompt or test.n_gen)  # a replay a token, at most
         steps = runner.run(test.n_prompt, test.n_gen)
         replays = engine.team.stop_profile()
         steps_ns += steps
         ns_by_op += list(replays.reshape(len(steps), -1, replays.shape[1]).sum(axis=1))
+    reads.measure()
     n_steps = len(steps_ns)
     middle = np.argsort(steps_ns)[n_steps // 4 : n_steps - n_steps // 4]
     step_ns = float(np.mean([steps_ns[i] for i in middle]))
     return n_steps, step_ns, _kinds(engine, np.mean([ns_by_op[i] for i in middle], axis=0), test)
-
-
-def _weights_read_rate(engine: Engine, n_threads: int) -> float:
-    """Bytes a second at which the mapped weights themselves can be read, as a decode step has to."""
-    infos = [info for info in engine.gguf.tensors.values() if info.file == 0]
-    first = min(engine.gguf.locate(info.name) for info in infos)
-    last = max(engine.gguf.locate(info.name) + info.nbytes for info in infos)
-    if last - first < READ_STEP * n_threads:
-        return 0.0
-    return read_rate(first, last - first, n_threads, READ_ROUNDS + 1)
 
 
 def _kinds(engine: Engine, ns_by_op: np.ndarray, test: Test) -> list[Kind]:
@@ -216,12 +240,20 @@ def table(profile: Profile) -> str:
     limits = profile.limits
     lines += [
         "",
-        f"limits with {threads}: memory {limits.read_bytes_per_s / 1e9:.1f} GB/s, these weights in place "
-        f"{profile.weights_read_bytes_per_s / 1e9:.1f} GB/s, int8 {limits.int8_macs_per_s / 1e9:.0f} and float32 "
+        f"limits with {threads}: memory {_rates(profile.reads.memory)}, these weights in place "
+        f"{_rates(profile.reads.weights)}, int8 {limits.int8_macs_per_s / 1e9:.0f} and float32 "
         f"{limits.f32_macs_per_s / 1e9:.0f} G MAC/s",
         f"the ops' own times are {profile.ops_share:.1%} of the step",
     ]
     return "\n".join(lines)
+
+
+def _rates(samples: list[float]) -> str:
+    """The median, and what it lies between."""
+    if not samples:
+        return "0 GB/s"
+    middle, least, most = (value / 1e9 for value in (statistics.median(samples), min(samples), max(samples)))
+    return f"{middle:.1f} GB/s ({least:.1f} to {most:.1f})"
 
 
 def _time(ns: float) -> str:
