@@ -49,7 +49,7 @@ def save_part(folder: Path, results: dict[str, Any], part: str, rows: list[dict[
         "commit": build_commit(),
         "load_average": LOAD_AVERAGE,
         "rounds": rounds,
-        "cpu": describe_machine()["cpu"]["name"],
+        "cpu": _cpu(describe_machine()),
         "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
         "rows": rows,
     }
@@ -63,10 +63,15 @@ def _without_folder(argument: str) -> str:
     return " ".join(Path(word).name if word.startswith("/") else word for word in argument.split(" "))
 
 
+def _cpu(facts: dict[str, Any]) -> str:
+    """What the system calls the CPU, and what LLVM does: a Zen 4 and a Zen 5 are both an AMD EPYC, but not both znver5."""
+    return f"{facts['cpu']['name']} ({facts['cpu']['llvm_name']})"
+
+
 def _machine() -> dict[str, Any]:
     facts = describe_machine()
     return {
-        "cpu": facts["cpu"]["name"],
+        "cpu": _cpu(facts),
         "level": facts["cpu"]["level"],
         "cores": facts["threads"]["physical"],
         "memory": facts["memory"]["total"],
