@@ -64,7 +64,7 @@ def _without_folder(argument: str) -> str:
 
 
 def _cpu(facts: dict[str, Any]) -> str:
-    """What the system calls the CPU, and what LLVM does: a Zen 4 and a Zen 5 are both an AMD EPYC, but not both znver5."""
+    """What the system calls the CPU, and what LLVM does, which tells a Zen 4 from a Zen 5."""
     return f"{facts['cpu']['name']} ({facts['cpu']['llvm_name']})"
 
 
