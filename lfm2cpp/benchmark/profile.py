@@ -132,31 +132,22 @@ def run_profiles(
     n_ctx = max(test.n_depth + test.n_tokens for test in tests)
     with open_engine(setup, n_ctx, progress) as engine:
         library().load(KERNELS, progress)
-        model, base, n_threads = ModelInfo.of(engine), Base(engine), setup.n_threads
-        memory = Memory()  # kept to the end: while the system takes it back, a step now and then takes long
+        model, base, n = ModelInfo.of(engine), Base(engine), setup.n_threads
+        probe = ReadProbe(engine, n)  # kept to the end: while the system takes it back, a step now and then takes long
+        int8, f32 = int8_rate(n), f32_rate(n)
         for test in tests:
-            reads = Reads(memory, engine, n_threads)
-            n_steps, step_ns, kinds = _profile_test(Runner(engine, base.at(test.n_depth)), test, repetitions, reads)
-            limits = Limits(n_threads, reads.of_memory, int8_rate(n_threads), f32_rate(n_threads), memory.nbytes)
-            yield Profile(setup, test, model, limits, reads, n_steps, step_ns, kinds)
+            reads = Reads()
+            steps = _profile_test(Runner(engine, base.at(test.n_depth)), test, repetitions, probe, reads)
+            limits = Limits(n, reads.of_memory, int8, f32, probe.memory.nbytes)
+            yield Profile(setup, test, model, limits, reads, *steps)
 
 
+@dataclass
 class Reads:
-    """How fast `n_threads` read memory, and the mapped weights where they lie, as a decode step has to."""
+    """Bytes read a second, of memory and of the mapped weights, one after the other."""
 
-    def __init__(self, memory: Memory, engine: Engine, n_threads: int) -> None:
-        infos = [info for info in engine.gguf.tensors.values() if info.file == 0]
-        self._first = min(engine.gguf.locate(info.name) for info in infos)
-        self._nbytes = max(engine.gguf.locate(info.name) + info.nbytes for info in infos) - self._first
-        self._source, self._n_threads = memory, n_threads
-        self.memory: list[float] = []
-        self.weights: list[float] = []
-
-    def measure(self) -> None:
-        """Once more."""
-        self.memory.append(self._source.read_rate(self._n_threads, READS))
-        if self._nbytes >= READ_STEP * self._n_threads:
-            self.weights.append(read_rate(self._first, self._nbytes, self._n_threads, READS))
+    memory: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     @property
     def of_memory(self) -> float:
@@ -167,20 +158,39 @@ class Reads:
         return statistics.median(self.weights or [0.0])
 
 
-def _profile_test(runner: Runner, test: Test, repetitions: int, reads: Reads) -> tuple[int, float, list[Kind]]:
+class ReadProbe:
+    """How fast `n_threads` read memory, and the mapped weights where they lie, as a decode step has to."""
+
+    def __init__(self, engine: Engine, n_threads: int) -> None:
+        infos = [info for info in engine.gguf.tensors.values() if info.file == 0]
+        self._first = min(engine.gguf.locate(info.name) for info in infos)
+        self._nbytes = max(engine.gguf.locate(info.name) + info.nbytes for info in infos) - self._first
+        self._n_threads = n_threads
+        self.memory = Memory()
+
+    def add_to(self, reads: Reads) -> None:
+        """Measure once more."""
+        reads.memory.append(self.memory.read_rate(self._n_threads, READS))
+        if self._nbytes >= READ_STEP * self._n_threads:
+            reads.weights.append(read_rate(self._first, self._nbytes, self._n_threads, READS))
+
+
+def _profile_test(
+    runner: Runner, test: Test, repetitions: int, probe: ReadProbe, reads: Reads
+) -> tuple[int, float, list[Kind]]:
     """How many steps, nanoseconds a step, and where they went."""
     engine = runner.engine
     runner.run(test.n_prompt, min(test.n_gen, 1))
     steps_ns: list[int] = []
     ns_by_op: list[np.ndarray] = []
     for _ in range(repetitions):
-        reads.measure()
+        probe.add_to(reads)
         engine.team.start_profile(test.n_prompt or test.n_gen)  # a replay a token, at most
         steps = runner.run(test.n_prompt, test.n_gen)
         replays = engine.team.stop_profile()
         steps_ns += steps
         ns_by_op += list(replays.reshape(len(steps), -1, replays.shape[1]).sum(axis=1))
-    reads.measure()
+    probe.add_to(reads)
     n_steps = len(steps_ns)
     middle = np.argsort(steps_ns)[n_steps // 4 : n_steps - n_steps // 4]
     step_ns = float(np.mean([steps_ns[i] for i in middle]))
