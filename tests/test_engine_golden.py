@@ -101,6 +101,7 @@ ODD_SHAPES: dict[str, dict[str, Any]] = {
     "own head, other base and eps": {"tied": False, "rope_freq_base": 1e4, "norm_rms_eps": 1e-3},
     "odd widths": {"n_embd": 90, "n_head": 5, "n_head_kv": 5, "n_ff": 77, "n_vocab": 303},
     "narrow": {"n_embd": 6, "n_head": 3, "n_head_kv": 1, "n_ff": 5},
+    "ff as wide as the rest": {"n_embd": 128, "n_head": 4, "n_head_kv": 2, "n_ff": 128},
     "ff of 32": {"n_embd": 96, "n_head": 3, "n_head_kv": 1, "n_ff": 32},
 }
 

@@ -149,11 +149,14 @@ class Plan:
     def _quantized(self, x: Rows) -> int:
         """Address of x as int8 rows; its producer writes them along if it can, else an op of their own does."""
         if not x.act:
-            x.act = self._side_buffer(f"act {x.n}", self._act_nbytes(x.n))  # by width: padding must stay zero
-            if x.producer is not None and "act" in x.producer.args:
-                x.producer.args["act"] = x.act
-                if "hidden" in x.producer.args and not self.trace:
-                    x.producer.args["hidden"] = 0  # its float32 rows have no other reader
+            result = x.producer.args if x.producer is not None else {}
+            is_hidden = "hidden" in result  # the op reads quantized rows, too, maybe of the same width
+            # By width: padding must stay zero.
+            x.act = self._side_buffer(f"{'hidden ' * is_hidden}act {x.n}", self._act_nbytes(x.n))
+            if is_hidden:
+                result |= {"act": x.act, "hidden": 0}  # its float32 rows have no other reader
+            elif "act" in result:
+                result["act"] = x.act
             else:
                 args = {"x": x.address, "n": x.n, "act": x.act, "count": x.count}
                 self._record("ops:quantize_rows", "quantize", args)
