@@ -36,6 +36,8 @@ gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
 
 FACTORS = (1.0, 0.5, 0.75, 0.25)
 least_sum = simd.make_least_sum(FACTORS)
+PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
+transpose_rows = simd.make_transpose_rows(PLACES)
 ask_near, ask_far = simd.make_prefetch_lines([0, 64], True), simd.make_prefetch_lines([128], False)
 
 
@@ -165,6 +167,11 @@ def gather_words(far, out):
 @kernel
 def square(source, stride, destination, step):
     simd.transpose_square(source, stride, destination, step)
+
+
+@kernel
+def rows_to_columns(source, destination, step):
+    transpose_rows(source, destination, step)
 
 
 @kernel

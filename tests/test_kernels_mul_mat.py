@@ -69,6 +69,22 @@ def quantized(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.uint8]:
     return act
 
 
+def chained(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.float32]:
+    """x as the float products of several tokens take it."""
+    n_tokens, n = x.shape
+    out = rows_with_slack(n_tokens + 8, -(-n // widths.PANEL_ROWS) * widths.PANEL_ROWS)
+    call("mul_mat_float:chain_rows", nth=nth, x=x, n=n, chained=out, count=count(n_tokens))
+    return out
+
+
+def rounded(x: NDArray[np.float32], nth: int = 1) -> NDArray[np.float32]:
+    """x in BF16, two elements a column."""
+    n_tokens, n = x.shape
+    pairs = rows_with_slack(n_tokens, n // 2)
+    call("mul_mat_float:round_rows", nth=nth, x=with_slack(x), n=n, pairs=pairs, count=count(n_tokens))
+    return pairs
+
+
 def product(
     w: Weights, x: NDArray[np.float32], add: NDArray[np.float32] | None = None, nth: int = 1
 ) -> NDArray[np.float32]:
@@ -88,10 +104,7 @@ def product(
         call(f"mul_mat:mul_mat_{name}", nth=nth, act=quantized(x), row_bytes=w.row_bytes, **common)
     else:
         x = with_slack(x)
-        runs = -(-n // widths.PANEL_ROWS)
-        chained = rows_with_slack(n_tokens + 8, runs * widths.PANEL_ROWS)
-        call("mul_mat_float:chain_rows", x=x, n=n, chained=chained, count=count(n_tokens))
-        call(f"mul_mat_float:mul_mat_{name}", nth=nth, x=x, chained=chained, **common)
+        call(f"mul_mat_float:mul_mat_{name}", nth=nth, x=x, chained=chained(x), **common)
     return out
 
 
@@ -325,7 +338,7 @@ def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, 
     call(
         f"swiglu:swiglu_{KERNEL_OF[name]}", nth=nth, gate=gate.data, up=up.data, row_bytes=gate.row_bytes,
         n_rows=n_rows,
-        n=n, x=quantized(x), hidden=hidden, act=act if widths.PANEL_ROWS == 32 else 0, count=count(n_tokens),
+        n=n, act=quantized(x), hidden=hidden, hidden_act=act if widths.PANEL_ROWS == 32 else 0, count=count(n_tokens),
     )  # fmt: skip
     assert same_bits(np.ascontiguousarray(hidden), expected)
     if widths.PANEL_ROWS == 32:
@@ -337,14 +350,11 @@ def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, 
 
 def product_of_pairs(w: Weights, x: NDArray[np.float32], nth: int = 1) -> NDArray[np.float32]:
     """W x for each row of x, by the kernel for CPUs that multiply BF16 faster; it runs everywhere."""
-    n_tokens, n = x.shape
-    rounded = rows_with_slack(n_tokens, n // 2)
-    call("mul_mat_float:round_rows", nth=nth, x=with_slack(x), n=n, pairs=rounded, count=count(n_tokens))
-    chained = rows_with_slack(n_tokens + 8, -(-n // 2 // widths.PANEL_ROWS) * widths.PANEL_ROWS)
-    call("mul_mat_float:chain_rows", nth=nth, x=rounded, n=n // 2, chained=chained, count=count(n_tokens))
+    pairs = rounded(x, nth)
+    n_tokens, n = pairs.shape
     out = guarded(np.full((n_tokens, w.n_rows), np.nan, np.float32))
-    call("mul_mat_float:mul_mat_bf16_pairs", nth=nth, w=w.data, n_rows=w.n_rows, n=n // 2, x=rounded, chained=chained,
-         out=out, add=0, count=count(n_tokens))  # fmt: skip
+    call("mul_mat_float:mul_mat_bf16_pairs", nth=nth, w=w.data, n_rows=w.n_rows, n=n, x=pairs,
+         chained=chained(pairs, nth), out=out, add=0, count=count(n_tokens))  # fmt: skip
     return out
 
 
@@ -363,3 +373,39 @@ def test_pairs_of_a_token_are_the_same_alone_and_by_threads(n_rows: int, n: int)
     for t in range(len(x)):
         assert same_bits(product_of_pairs(w, x[t : t + 1])[0], together[t])
     assert same_bits(product_of_pairs(w, x, nth=3), together)
+
+
+# The feed-forward's fused first half of float weights
+
+
+@pytest.mark.parametrize("name", [*FLOAT_TYPES, "pairs"])
+@pytest.mark.parametrize(("n_rows", "n"), [(2 * W, 32), (6 * W, 96), (14 * W, 544)])
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 19])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_float_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, nth: int) -> None:
+    """The same for float weights, whose kernel leaves several tokens' rows as they are or chained."""
+    kind, multiply = ("BF16", product_of_pairs) if name == "pairs" else (name, product)
+    gate, up = Weights(kind, n_rows, n, seed=1), Weights(kind, n_rows, n, seed=2)
+    x = normal(n_tokens, n, seed=3)
+    expected = np.zeros((n_tokens, n_rows), np.float32)
+    call("ops:swiglu", gate=multiply(gate, x), up=multiply(up, x), n=n_rows, out=expected, act=0, count=count(n_tokens))
+    x = rounded(x) if name == "pairs" else with_slack(x)
+    operand = {"n": x.shape[1], "x": x, "chained": chained(x), "count": count(n_tokens)}
+
+    def run(hidden: NDArray[np.float32], hidden_chained: NDArray[np.float32] | int) -> None:
+        kernel_type = "bf16_pairs" if name == "pairs" else KERNEL_OF[name]
+        call(
+            f"swiglu_float:swiglu_{kernel_type}", nth=nth, gate=gate.data, up=up.data, n_rows=n_rows, **operand,
+            hidden=hidden, hidden_chained=hidden_chained,
+        )  # fmt: skip
+
+    hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
+    run(hidden, 0)
+    assert same_bits(np.ascontiguousarray(hidden), expected)
+    if n_tokens > 1:
+        tiles = guarded(np.full((-(-n_tokens // widths.TILE_TOKENS), W, n_rows // W, widths.TILE_TOKENS), np.nan, np.float32))
+        hidden[:] = 7
+        run(hidden, tiles)
+        rows = tiles.transpose(0, 3, 2, 1).reshape(-1, n_rows)[:n_tokens]
+        assert same_bits(np.ascontiguousarray(rows), expected)
+        assert (hidden == 7).all()

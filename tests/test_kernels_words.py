@@ -265,6 +265,16 @@ def test_transpose_square() -> None:
     assert np.array_equal(rows[:, :W], values.T) and not rows[:, W:].any()
 
 
+def test_transpose_rows() -> None:
+    """Rows from anywhere, more of them than lanes or fewer; between the columns nothing is written."""
+    source = np.arange(8 * (W + 1), dtype=np.float32).reshape(8, W + 1)
+    rows = [place // (4 * (W + 1)) for place in kernel_words.PLACES]
+    out = guarded(np.zeros((W - 1) * 7 + 6, np.float32))
+    run(word_kernel("rows_to_columns"), source=guarded(source.reshape(-1)[:-1]), destination=out, step=4 * 7)
+    columns = np.append(out, 0).reshape(W, 7)
+    assert np.array_equal(columns[:, :6], source[rows, :W].T) and not columns[:, 6].any()
+
+
 def test_floats_become_the_nearest_bf16() -> None:
     """As gguf.quants rounds: ties to even, NaN to NaN."""
     bits = np.random.default_rng(0).integers(0, 2**32, (300, 2 * W), np.uint64).astype(np.uint32)

@@ -26,7 +26,7 @@ from .limits import KERNELS, READ_STEP, Limits, Memory, f32_rate, int8_rate, rea
 from .measure import Base, ModelInfo, Runner, Setup, Test, open_engine
 
 READS = 2  # times that the memory is read before a repetition; the faster counts
-FLOAT_KINDS = ("mul_mat F32", "mul_mat F16", "mul_mat BF16", "attention")
+FLOATS = ("attention", "F32", "F16", "BF16")  # last words of the labels of float products
 
 
 @dataclass
@@ -46,9 +46,10 @@ class Kind:
 
     def _peak(self, limits: Limits) -> float:
         """Multiply-adds a second, at most."""
-        if self.label not in FLOAT_KINDS:
+        kind = self.label.split()[-1]
+        if kind not in FLOATS:
             return limits.int8_macs_per_s
-        is_double = BF16_PAIRS and self.label == "mul_mat BF16"  # products of pairs
+        is_double = BF16_PAIRS and kind == "BF16"  # products of pairs
         return limits.f32_macs_per_s * (2 if is_double else 1)
 
 

@@ -150,11 +150,11 @@ class Plan:
         """Address of x as int8 rows; its producer writes them along if it can, else an op of their own does."""
         if not x.act:
             result = x.producer.args if x.producer is not None else {}
-            is_hidden = "hidden" in result  # the op reads quantized rows, too, maybe of the same width
+            is_hidden = "hidden_act" in result  # the op reads quantized rows, too, maybe of the same width
             # By width: padding must stay zero.
             x.act = self._side_buffer(f"{'hidden ' * is_hidden}act {x.n}", self._act_nbytes(x.n))
             if is_hidden:
-                result |= {"act": x.act, "hidden": 0}  # its float32 rows have no other reader
+                result |= {"hidden_act": x.act, "hidden": 0}  # its float32 rows have no other reader
             elif "act" in result:
                 result["act"] = x.act
             else:
@@ -166,12 +166,18 @@ class Plan:
         return widths.activation_nbytes(n) * (self.n_batch + SLACK_ROWS) + 4096
 
     def _chained(self, x: Rows) -> int:
+        """Address of x chained; its producer writes that instead of its rows if it can, else an op of its own does."""
         if not x.chained:
+            result = x.producer.args if x.producer is not None else {}
+            is_hidden = "hidden_chained" in result
             runs = -(-x.n // widths.PANEL_ROWS)
             nbytes = 4 * runs * widths.PANEL_ROWS * (self.n_batch + SLACK_ROWS) + 4096
-            x.chained = self._side_buffer(f"chained {x.n}", nbytes)
-            args = {"x": x.address, "n": x.n, "chained": x.chained, "count": x.count}
-            self._record("mul_mat_float:chain_rows", "chain", args)
+            x.chained = self._side_buffer(f"{'hidden ' * is_hidden}chained {x.n}", nbytes)
+            if is_hidden:
+                result["hidden_chained"] = x.chained
+            else:
+                args = {"x": x.address, "n": x.n, "chained": x.chained, "count": x.count}
+                self._record("mul_mat_float:chain_rows", "chain", args)
         return x.chained
 
     def _rounded(self, x: Rows) -> Rows:
@@ -219,20 +225,22 @@ class Plan:
 
     def _mul_mat(self, w: Weight, x: Rows, out: Rows, add: int) -> Op:
         n_rows, n = w.shape
+        module, kind, operand = self._operand(w, x)
+        args = {"w": w.address, "n_rows": n_rows, "out": out.address, "add": add, "count": x.count} | operand
+        label = f"mul_mat {w.ggml_type.name}"
+        return self._record(f"mul_mat{module}:mul_mat_{kind}", label, args, macs=n_rows * n, nbytes=w.nbytes)
+
+    def _operand(self, w: Weight, x: Rows) -> tuple[str, str, dict[str, int]]:
+        """How w is multiplied by x: the end of the module's name and of the kernel's, and what the kernel is given."""
+        n = w.shape[1]
         kind = kernel_type(w)
+        self.scratch(widths.panel_nbytes(n) + 64 * 1024)
+        if w.ggml_type not in FLOAT_TYPES:
+            return "", kind, {"n": n, "act": self._quantized(x), "row_bytes": w.row_bytes}
         if widths.BF16_PAIRS and kind == "bf16" and n % 32 == 0 and x.count == self.all_rows:
             # The head, of few rows, is left exact: it costs nothing there.
             kind, x = "bf16_pairs", self._rounded(x)
-        args = {"w": w.address, "n_rows": n_rows, "n": x.n, "out": out.address, "add": add, "count": x.count}
-        if w.ggml_type in FLOAT_TYPES:
-            module = "mul_mat_float"
-            args |= {"x": x.address, "chained": self._chained(x)}
-        else:
-            module = "mul_mat"
-            args |= {"act": self._quantized(x), "row_bytes": w.row_bytes}
-        self.scratch(widths.panel_nbytes(n) + 64 * 1024)
-        label = f"mul_mat {w.ggml_type.name}"
-        return self._record(f"{module}:mul_mat_{kind}", label, args, macs=n_rows * n, nbytes=w.nbytes)
+        return "_float", kind, {"n": x.n, "x": x.address, "chained": self._chained(x)}
 
     def add(self, a: Rows, b: Rows, name: str) -> Rows:
         """a + b."""
@@ -242,19 +250,22 @@ class Plan:
         return out
 
     def swiglu_ffn(self, gate: Weight, up: Weight, x: Rows, il: int) -> Rows:
-        """silu(gate x) * (up x), in one op where both matrices have the same block type."""
-        if self.trace or gate.ggml_type != up.ggml_type or gate.ggml_type in FLOAT_TYPES:
+        """silu(gate x) * (up x), in one op where both matrices have the same type."""
+        n_rows, n = gate.shape
+        is_float = gate.ggml_type in FLOAT_TYPES
+        # The float kernel takes whole panels, and leaves nothing else to the product that follows, which has n rows.
+        is_whole = not is_float or n_rows % widths.PANEL_ROWS == n % widths.PANEL_ROWS == 0
+        if self.trace or gate.ggml_type != up.ggml_type or not is_whole:
             g = self.mul_mat(gate, x, f"ffn_gate-{il}", sync=False)
             return self.swiglu(g, self.mul_mat(up, x, f"ffn_up-{il}"), f"ffn_swiglu-{il}")
-        n_rows, n = gate.shape
         out = self._rows("swiglu", f"ffn_swiglu-{il}", n_rows, x.count)
-        args = {"gate": gate.address, "up": up.address, "row_bytes": gate.row_bytes, "n_rows": n_rows, "n": n,
-                "x": self._quantized(x), "hidden": out.address, "act": 0, "count": x.count}  # fmt: skip
-        self.scratch(widths.panel_nbytes(n) + 64 * 1024)
+        module, kind, operand = self._operand(gate, x)
+        args = {"gate": gate.address, "up": up.address, "n_rows": n_rows, "hidden": out.address, "count": x.count}
+        args |= operand | {"hidden_chained" if is_float else "hidden_act": 0}
         label = f"swiglu {gate.ggml_type.name}"
         cost = {"macs": 2 * n_rows * n, "nbytes": 2 * gate.nbytes}
-        op = self._record(f"swiglu:swiglu_{kernel_type(gate)}", label, args, **cost)
-        if widths.PANEL_ROWS == 32:
+        op = self._record(f"swiglu{module}:swiglu_{kind}", label, args, **cost)
+        if is_float or widths.PANEL_ROWS == 32:
             out.producer = op
         return out
 

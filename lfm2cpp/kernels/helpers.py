@@ -22,7 +22,7 @@ from lfm2cpp.threads import default_threads
 
 from .cache import Compiled, sources_digest
 
-SLOW = ("attention:attention", "mul_mat:", "swiglu:", "mul_mat_float:")  # to compile, the slowest first
+SLOW = ("attention:attention", "mul_mat:", "swiglu:", "swiglu_float:", "mul_mat_float:")  # to compile, slowest first
 MOST_HELPERS = 4
 HELPER_BYTES = 400 << 20  # memory that one may need
 PROGRAM = (

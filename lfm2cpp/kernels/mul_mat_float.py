@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .compiler import device, kernel
-from .mul_mat import store_rows
+from .mul_mat import SUMS, store_rows
 from .ops import segment_of, share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
@@ -224,21 +224,34 @@ def make_run_tile(n_tokens: int, element: str) -> Any:
             total = add(total, run_chain(panel, x, runs))
             panel += chain_stride(runs)
             x += runs * STEP
-        store(totals, 8 * W, total)
+        store(totals, SUMS, total)
 
     return run_tile
 
 
-def make_prefill(weights: floats.FloatWeights) -> Any:
-    unpack_panel, size = make_unpack(weights), weights.size
+def make_by_tile(weights: floats.FloatWeights) -> Any:
     wide, small = (make_run_tile(n_tokens, weights.element) for n_tokens in (TILE_TOKENS, SMALL_TILE_TOKENS))
+
+    @device
+    def by_tile(panel, n, chained, count, totals):
+        """totals = the panel by the first `count` tokens of a tile, SUMS bytes a token"""
+        if count <= SMALL_TILE_TOKENS:
+            small(panel, chained, n, totals)
+        else:
+            wide(panel, chained, n, totals)
+
+    return by_tile
+
+
+def make_prefill(weights: floats.FloatWeights) -> Any:
+    unpack_panel, by_tile, size = make_unpack(weights), make_by_tile(weights), weights.size
 
     @device
     def store_tile(totals, out, add, ld, t, count, row):
         for i in range(count):
-            for half in range(2):
-                where = (t + i) * ld + 4 * row + half * 4 * W
-                value = load_f32(totals + (2 * i + half) * 4 * W)
+            for half in range(0, SUMS, 4 * W):
+                where = (t + i) * ld + 4 * row + half
+                value = load_f32(totals + i * SUMS + half)
                 if add:
                     value = value + load_f32(add + where)
                 store_f32(out + where, value)
@@ -246,15 +259,12 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
     @device
     def prefill_panel(w, n, chained, out, add, ld, row, n_tokens, nth, scratch):
         totals = scratch
-        square = totals + TILE_TOKENS * 8 * W
+        square = totals + TILE_TOKENS * SUMS
         panel = square + 4 * W * W
         unpack_panel(w + row * n * size, n, panel, w + (row + nth * (2 * W)) * n * size, square)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
-            if count <= SMALL_TILE_TOKENS:
-                small(panel, chained, n, totals)
-            else:
-                wide(panel, chained, n, totals)
+            by_tile(panel, n, chained, count, totals)
             store_tile(totals, out, add, ld, t, count, row)
             chained += tile_stride(n)
 

@@ -65,7 +65,7 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
     decode_rows = make_decode(weights)
 
     @device
-    def decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, nth, work, scratch):
+    def decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, scratch):
         """The rows that this thread takes, by one token."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
         up_sums = gate_sums + 4 * ROWS_AT_ONCE
@@ -76,11 +76,11 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
             end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
             gate_rows, up_rows, at = gate + row * row_bytes, up + row * row_bytes, 4 * (row - first)
             far = distance(gate_rows, nbytes, up_rows)
-            decode_rows(gate_rows, row_bytes, end - row, n, x, gate_sums + at, 0, 0, end - row, far, scratch)
+            decode_rows(gate_rows, row_bytes, end - row, n, act, gate_sums + at, 0, 0, end - row, far, scratch)
             far = distance(up_rows, nbytes, gate + following * row_bytes)
-            decode_rows(up_rows, row_bytes, end - row, n, x, up_sums + at, 0, 0, end - row, far, scratch)
+            decode_rows(up_rows, row_bytes, end - row, n, act, up_sums + at, 0, 0, end - row, far, scratch)
             if end == last or end - first == ROWS_AT_ONCE:
-                finish_token(gate_sums, up_sums, hidden, act, first, end, n_rows)
+                finish_token(gate_sums, up_sums, hidden, hidden_act, first, end, n_rows)
                 first = following
             row, last = following, following_last
 
@@ -93,28 +93,28 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
     panel_block = weights.PANEL_BLOCK
 
     @device
-    def prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, nth, scratch):
+    def prefill_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, row, n_tokens, nth, scratch):
         """Rows row .. row + ROWS - 1 by every token."""
         gate_sums = scratch
         up_sums = gate_sums + totals_nbytes(FEW_TOKENS)
         panel = up_sums + totals_nbytes(FEW_TOKENS)
         first, coming = row * row_bytes, (row + nth * ROWS) * row_bytes
         if n_tokens <= FEW_TOKENS:
-            by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, x, n_tokens, gate_sums)
-            by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, x, n_tokens, up_sums)
-            finish_tile(gate_sums, up_sums, hidden, act, 0, n_tokens, row, n_rows)
+            by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, act, n_tokens, gate_sums)
+            by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, act, n_tokens, up_sums)
+            finish_tile(gate_sums, up_sums, hidden, hidden_act, 0, n_tokens, row, n_rows)
             return
         up_panel = panel + n // 32 * panel_block
         unpack(gate + first, row_bytes, n_rows - row, n, panel, gate + coming)
         unpack(up + first, row_bytes, n_rows - row, n, up_panel, up + coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
-            if act:
-                ask_for_block(act, n_groups_of(n_rows), t, row // QK)
-            by_tile(panel, n, x, count, gate_sums)
-            by_tile(up_panel, n, x, count, up_sums)
-            finish_tile(gate_sums, up_sums, hidden, act, t, count, row, n_rows)
-            x += tile_stride(n_groups_of(n))
+            if hidden_act:
+                ask_for_block(hidden_act, n_groups_of(n_rows), t, row // QK)
+            by_tile(panel, n, act, count, gate_sums)
+            by_tile(up_panel, n, act, count, up_sums)
+            finish_tile(gate_sums, up_sums, hidden, hidden_act, t, count, row, n_rows)
+            act += tile_stride(n_groups_of(n))
 
     return prefill_swiglu
 
@@ -122,20 +122,20 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
 def make_swiglu(weights: ModuleType) -> Any:
     decode_swiglu, prefill_swiglu = make_decode_swiglu(weights), make_prefill_swiglu(weights)
 
-    def swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, count, scratch, scratch_bytes, work, ith, nth):
-        """hidden[t] = silu(gate x[t]) * (up x[t]); gate, up: (n_rows, n), x: quantized rows.
+    def swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, count, scratch, scratch_bytes, work, ith, nth):
+        """hidden[t] = silu(gate act[t]) * (up act[t]); gate, up: (n_rows, n), act: quantized rows.
 
-        The result goes to `hidden`, float32 (n_tokens, n_rows), and to `act`, quantized, whichever is not 0; `act` only
-        where ROWS is a whole block.
+        The result goes to `hidden`, float32 (n_tokens, n_rows), and to hidden_act, quantized, whichever is not 0;
+        hidden_act only where ROWS is a whole block.
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 1:
-            decode_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, nth, work, mine)
+            decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, mine)
             return
-        x = first_tile(x, n_groups_of(n))
+        act = first_tile(act, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS
         while row < n_rows:
-            prefill_swiglu(gate, up, row_bytes, n_rows, n, x, hidden, act, row, n_tokens, nth, mine)
+            prefill_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, row, n_tokens, nth, mine)
             row = atomic_add(work, 1) * ROWS
 
     return kernel(swiglu)

@@ -33,6 +33,7 @@ from .lanes import (
     high_halves,
     low_halves,
     make_least_sum,
+    make_transpose_rows,
     max_lanes,
     sum_lanes,
     sum_lanes_i32,

@@ -9,6 +9,7 @@ from ..scalar import I16, I32, I64
 from ..vector import call_llvm, constant, shuffle, vector_op
 from .memory import f32_at
 from .registers import (
+    F32_VECTOR,
     I8_VECTOR,
     I32_VECTOR,
     LEVEL,
@@ -169,12 +170,8 @@ def make_transpose_square(load):
     @vector_op(types.void, int64, int64, int64, int64)
     def transpose(builder, source, stride, destination, step):
         rows = [load(builder, offset(builder, source, (i, stride))) for i in range(W)]
-        # Transpose 4 x 4 lanes within the pieces, then the pieces themselves.
-        groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
-        for j in range(4):
-            for piece in range(PIECES):
-                column = _pieces_of(builder, [group[j] for group in groups], piece)
-                store_vector(builder, offset(builder, destination, (4 * piece + j, step)), column)
+        for lane, column in _transposed(builder, rows):
+            store_vector(builder, offset(builder, destination, (lane, step)), column)
 
     return transpose
 
@@ -182,7 +179,29 @@ def make_transpose_square(load):
 transpose_square = make_transpose_square(f32_at)
 
 
-def _pieces_of(builder, vectors, piece):
-    """Piece `piece` of every vector, side by side."""
-    lanes = list(range(4 * piece, 4 * piece + 4))
-    return side_by_side(builder, [shuffle(builder, v, v, lanes) for v in vectors])
+def make_transpose_rows(places):
+    """transpose(source, destination, step): rows of W float32, those of `places` bytes behind source, become columns:
+    lane i of all of them, one after the other, at destination + i * step."""
+
+    @vector_op(types.void, int64, int64, int64)
+    def transpose(builder, source, destination, step):
+        for first in range(0, len(places), W):
+            some = places[first : first + W]
+            rows = [f32_at(builder, builder.add(source, ir.Constant(I64, place))) for place in some]
+            rows += [ir.Constant(F32_VECTOR, ir.Undefined)] * (W - len(some))
+            to = builder.add(destination, ir.Constant(I64, 4 * first))
+            for lane, column in _transposed(builder, rows):
+                value = shuffle(builder, column, column, list(range(len(some))))
+                store_vector(builder, offset(builder, to, (lane, step)), value)
+
+    return transpose
+
+
+def _transposed(builder, rows):
+    """(lane, its values in W rows): 4 x 4 lanes are transposed within the pieces, then the pieces themselves."""
+    groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
+    for j in range(4):
+        for piece in range(PIECES):
+            lanes = list(range(4 * piece, 4 * piece + 4))
+            parts = [shuffle(builder, group[j], group[j], lanes) for group in groups]
+            yield 4 * piece + j, side_by_side(builder, parts)

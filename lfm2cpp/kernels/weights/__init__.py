@@ -16,5 +16,5 @@
     dequantize_block(w, out)   BLOCK float32
 
 and a scalar type (floats.py) only load(address) -> W float32 and the size of an element. mul_mat.py, mul_mat_float.py,
-swiglu.py and get_rows.py do the rest.
+swiglu.py, swiglu_float.py and get_rows.py do the rest.
 """
