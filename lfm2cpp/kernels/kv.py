@@ -5,7 +5,7 @@ int8 where the others have a float, and after them float16 scales: K's [n_embd_h
 [PAGE_TOKENS][n_padded / 32].
 
 One head's K or V in one page is a block. Blocks are listed in the order in which a thread uses them, and every one is
-asked for up to AHEAD places before its turn and, where that helps, once more soon before its use (widths.ASKED_ONCE).
+asked for up to AHEAD places before its turn and, where that helps, once more soon before its use (prefetch_again).
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
 from .simd import W, prefetch_again, prefetch_early, prefetch_write
 from .tile import make_tile
-from .widths import ASKED_NEAR, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
+from .widths import ASKED_ONCE, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
-FLOATS_AHEAD = 1 if ASKED_NEAR else AHEAD  # of floats, of which two would take a third of a first-level cache
-# Bytes ahead to ask for floats to be near: by multiples of 4096 they would push out each other, and the scores. Behind
-# the last head of a page are other blocks of it, which then need not come from memory when it is their turn.
-NEAR = 2048
+# Of floats, where they are asked for once more behind that or go straight to the first-level cache.
+FLOATS_AHEAD = 1 if ASKED_ONCE else AHEAD
+# Bytes ahead to ask for floats again. In the first-level cache they would push out each other, and the scores, by
+# multiples of 4096. Behind the last head of a page are other blocks of it, which then need not come from memory when it
+# is their turn.
+NEAR = 4096 if ASKED_ONCE else 2048
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
 
@@ -146,7 +148,8 @@ def ask_for(blocks, first, nbytes):
     """Ask for nbytes from `first` on of the block after this one and of the one AHEAD places on."""
     soon, later = load_i64(blocks + 8), load_i64(blocks + 8 * AHEAD)
     for line in range(first, first + nbytes, LINE):
-        prefetch_again(soon + line)
+        if not ASKED_ONCE:  # integers take longer to use than floats, and need no second request that is not nearer
+            prefetch_again(soon + line)
         prefetch_early(later + line)
 
 

@@ -133,8 +133,8 @@ def prefetch_early(builder, address):
 @vector_op(types.void, int64)
 def prefetch_again(builder, address):
     """Ask once more for the cache line at address of a stream, soon before its use, where that helps. Never faults"""
-    if not ASKED_ONCE:
-        _prefetch(builder, address, NEXT_TO_CORE)
+    if not ASKED_NEAR:
+        _prefetch(builder, address, SECOND_LEVEL if ASKED_ONCE else NEXT_TO_CORE)
 
 
 @vector_op(types.void, int64)
