@@ -205,10 +205,14 @@ def make_run_tile(n_tokens: int, element: str) -> Any:
     tile = make_tile(n_tokens, element)
     zero, step, add, store = tile.zero, tile.fma, tile.add, tile.store
 
+    ask_for_columns = make_prefetch_lines(range(0, UNROLL * STEP, LINE), False)
+
     @device
     def run_chain(panel, x, runs):
-        f = zero(0)
+        """Meanwhile it asks for the same columns of the tile that follows, which may no longer be near."""
+        f, ahead = zero(0), runs * (W * STEP)
         for m in range(0, runs - UNROLL + 1, UNROLL):
+            ask_for_columns(x + m * STEP + ahead)
             for i in range(UNROLL):
                 f = step(f, panel + (m + i) * 8 * W, x + (m + i) * STEP, ENTRY)
         for m in range(runs // UNROLL * UNROLL, runs):
