@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .compiler import device, kernel
-from .mul_mat import SUMS, store_rows
+from .mul_mat import SUMS, store_rows, store_totals
 from .ops import segment_of, share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
@@ -251,17 +251,7 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
     unpack_panel, by_tile, size = make_unpack(weights), make_by_tile(weights), weights.size
 
     @device
-    def store_tile(totals, out, add, ld, t, count, row):
-        for i in range(count):
-            for half in range(0, SUMS, 4 * W):
-                where = (t + i) * ld + 4 * row + half
-                value = load_f32(totals + i * SUMS + half)
-                if add:
-                    value = value + load_f32(add + where)
-                store_f32(out + where, value)
-
-    @device
-    def prefill_panel(w, n, chained, out, add, ld, row, n_tokens, nth, scratch):
+    def prefill_panel(w, n_rows, n, chained, out, add, row, n_tokens, nth, scratch):
         totals = scratch
         square = totals + TILE_TOKENS * SUMS
         panel = square + 4 * W * W
@@ -269,7 +259,7 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
             by_tile(panel, n, chained, count, totals)
-            store_tile(totals, out, add, ld, t, count, row)
+            store_totals(totals, out, add, t, count, row, n_rows)
             chained += tile_stride(n)
 
     return prefill_panel
@@ -299,7 +289,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
             if row + 2 * W <= n_rows:
-                prefill_panel(w, n, chained, out, add, ld, row, n_tokens, nth, mine)
+                prefill_panel(w, n_rows, n, chained, out, add, row, n_tokens, nth, mine)
             else:
                 for t in range(n_tokens):
                     below = add + t * ld if add else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .compiler import device, kernel
-from .mul_mat import SUMS
+from .mul_mat import SUMS, store_totals
 from .mul_mat_float import (
     STEP,
     TAIL_BYTES,
@@ -22,7 +22,7 @@ from .mul_mat_float import (
 from .ops import swiglu_part
 from .scalar import load_i64
 from .shares import distance, next_unit, rows_of_unit, take_rows
-from .simd import W, load_f32, make_transpose_rows, prefetch_write, store_f32
+from .simd import W, make_transpose_rows, prefetch_write
 from .weights import floats
 from .widths import LINE, TILE_TOKENS
 
@@ -37,13 +37,6 @@ def ask_for_chains(chained, n_rows):
     for lane in range(W):
         for line in range(0, 2 * STEP + LINE - 1, LINE):
             prefetch_write(chained + lane * runs_of(n_rows) * STEP + line)
-
-
-@device
-def store_hidden(sums, hidden, t, count, row, n_rows):
-    for i in range(count):
-        for half in range(0, SUMS, 4 * W):
-            store_f32(hidden + 4 * ((t + i) * n_rows + row) + half, load_f32(sums + i * SUMS + half))
 
 
 def make_prefill_swiglu(weights: floats.FloatWeights) -> Any:
@@ -72,7 +65,7 @@ def make_prefill_swiglu(weights: floats.FloatWeights) -> Any:
                 transpose_tile(gate_sums, chains, runs_of(n_rows) * STEP)
                 chains += tile_stride(n_rows)
             else:
-                store_hidden(gate_sums, hidden, t, count, row, n_rows)
+                store_totals(gate_sums, hidden, 0, t, count, row, n_rows)
             chained += tile_stride(n)
 
     return prefill_swiglu
