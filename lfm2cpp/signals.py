@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM", "SIGINT") if hasattr(signal, name)]
+TERMINATION = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+SIGNALS = [*TERMINATION, signal.SIGINT]
 
 
 @contextmanager
@@ -32,17 +33,25 @@ def signals_raise() -> Iterator[None]:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Keep signals back for a few system calls that belong together, and deliver them afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def signals_held(numbers: Sequence[int] = SIGNALS, tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Keep signals back in the list yielded, and deliver them at the end; `tell` is called at each.
+
+    For a few system calls that belong together, or for code that an exception raised just anywhere would confuse.
+    """
     held: list[int] = []
-    handlers = {s: h for s in SIGNALS if callable(h := signal.getsignal(s))}
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    handlers = {s: h for s in numbers if callable(h := signal.getsignal(s))}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+        tell()
+
     try:
         for number in handlers:
-            signal.signal(number, lambda n, frame: held.append(n))
-        yield
+            signal.signal(number, hold)
+        yield held
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from bigram_model import HELLO, bigram_gguf, endless_gguf
 from cli_process import COMMAND, environment
+
+from lfm2cpp.cli.repl_input import TerminalInput
 
 CTRL_C, CTRL_D, ESCAPE = "\x03", "\x04", "\x1b"
 
@@ -224,3 +227,28 @@ def test_termination_at_the_prompt(terminal: Callable[..., Terminal], number: in
     chat = terminal()
     os.kill(chat.child.pid, number)
     assert chat.leave() == 128 + number
+
+
+def test_termination_amid_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a task of the prompt's, where a SystemExit would be shown as a traceback, and Enter waited for."""
+    prompt_toolkit = pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    class Terminated(prompt_toolkit.history.InMemoryHistory):
+        def load_history_strings(self) -> Iterator[str]:
+            signal.raise_signal(signal.SIGTERM)
+            yield from ()
+
+    monkeypatch.setattr("prompt_toolkit.history.InMemoryHistory", Terminated)
+    monkeypatch.setattr("prompt_toolkit.output.create_output", DummyOutput)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
+            source = TerminalInput([], history=False)
+            with pytest.raises(SystemExit) as left:
+                source.read()
+        assert left.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)

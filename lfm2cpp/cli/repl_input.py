@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lfm2cpp.signals import TERMINATION, signals_held
 from lfm2cpp.terminal import note
 
 QUOTES = '"""'
@@ -114,7 +115,19 @@ class TerminalInput:
         )
 
     def read(self) -> str:
-        return finished(self._session.prompt("> "))
+        """A termination signal ends the prompt, and is delivered then: its event loop would swallow a SystemExit."""
+        app = self._session.app
+
+        def leave() -> None:
+            if app.future is not None and not app.future.done():
+                app.exit(exception=EOFError)
+
+        def tell() -> None:
+            if app.loop is not None:
+                app.loop.call_soon_threadsafe(leave)
+
+        with signals_held(TERMINATION, tell) as held:
+            return finished(self._session.prompt("> ", pre_run=lambda: leave() if held else None))
 
 
 def _keys() -> Any:
