@@ -109,14 +109,15 @@ def test_without_helpers(reason: str, cold: Start, here: list[str], monkeypatch:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_helper_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> None:
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever started pytest ignores it
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever started pytest ignores it
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})\n"
         "from lfm2cpp.kernels import helpers; helpers.default_threads = lambda: 2\n"
         "from lfm2cpp.kernels.library import library\n"
         "blocks, floats = ('q4_0', 'q4_1', 'q6_K', 'q8_0'), ('f32', 'f16', 'bf16')\n"  # more than there are helpers
         "names = [f'lfm2cpp.kernels.{op}:{op}_{t}' for op in ('mul_mat', 'swiglu') for t in blocks]\n"
         "names += ['lfm2cpp.kernels.mul_mat_float:mul_mat_' + t for t in floats]\n"
-        "library().load(names, lambda *_: print('begun', flush=True))\n"
+        "library().load(names, lambda *_: os.write(1, b'begun\\n'))\n"
     )
     env = {**os.environ, "LFM2CPP_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
