@@ -403,7 +403,8 @@ def test_float_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens:
     run(hidden, 0)
     assert same_bits(np.ascontiguousarray(hidden), expected)
     if n_tokens > 1:
-        tiles = guarded(np.full((-(-n_tokens // widths.TILE_TOKENS), W, n_rows // W, widths.TILE_TOKENS), np.nan, np.float32))
+        n_tile = widths.FLOAT_TILE_TOKENS
+        tiles = guarded(np.full((-(-n_tokens // n_tile), W, n_rows // W, n_tile), np.nan, np.float32))
         hidden[:] = 7
         run(hidden, tiles)
         rows = tiles.transpose(0, 3, 2, 1).reshape(-1, n_rows)[:n_tokens]

@@ -23,7 +23,7 @@ from .shares import FAR, distance, make_prefetches, next_unit, rows_of_unit, tak
 from .simd import W, load_f32, make_prefetch_lines, splat_f32, store_bf16, store_f32
 from .tile import make_tile
 from .weights import floats
-from .widths import LINE, SMALL_TILE_TOKENS, TILE_TOKENS
+from .widths import FLOAT_TILE_TOKENS, LINE, SMALL_TILE_TOKENS
 
 # Rows that decode reads side by side: where vectors are short, the multiply-adds of one chain, which wait for each
 # other, would be slower than the memory.
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 1 if W == 16 else 2
 TAIL_BYTES = 4 * LINE  # of scratch: the last columns of a row, at most a line, and those of the activations
 UNROLL = 4  # columns of a chain at a time: loop arithmetic would take a tenth of it
 ENTRY = 4  # bytes of an activation
-STEP = TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
+STEP = FLOAT_TILE_TOKENS * ENTRY  # bytes of a tile's activations of one column
 COPIED_RUNS = 64  # of a tile's rows that chain_rows reads again and again, 24 KB at the widest
 
 
@@ -58,15 +58,15 @@ def chain_stride(runs):
 def chain_rows(x, n, chained, count, ith, nth):
     """Copy float32 rows for prefill, chain by chain, the tokens of a tile side by side:
 
-    chained[t // TILE_TOKENS, lane, m, t % TILE_TOKENS] = x[t, m W + lane], zero from n on
+    chained[t // FLOAT_TILE_TOKENS, lane, m, t % FLOAT_TILE_TOKENS] = x[t, m W + lane], zero from n on
     """
     n_tokens, runs = load_i64(count), runs_of(n)
     if n_tokens == 1:
         return
-    begin, end = share_of((n_tokens + TILE_TOKENS - 1) // TILE_TOKENS, ith, nth)
+    begin, end = share_of((n_tokens + FLOAT_TILE_TOKENS - 1) // FLOAT_TILE_TOKENS, ith, nth)
     for tile in range(begin, end):
-        first = tile * TILE_TOKENS
-        rows, n_rows = x + 4 * first * n, min(TILE_TOKENS, n_tokens - first)
+        first = tile * FLOAT_TILE_TOKENS
+        rows, n_rows = x + 4 * first * n, min(FLOAT_TILE_TOKENS, n_tokens - first)
         for m in range(0, runs, COPIED_RUNS):
             chain_part(rows, n_rows, n, m, min(m + COPIED_RUNS, runs), chained + tile * tile_stride(n))
 
@@ -80,10 +80,10 @@ def chain_part(rows, n_rows, n, first, last, chained):
         for m in range(first, last):
             at = 4 * (m * W + lane)
             if at >= 4 * n:
-                for t in range(TILE_TOKENS):
+                for t in range(FLOAT_TILE_TOKENS):
                     store_scalar(out + m * STEP + t * ENTRY, np.float32(0.0))
-            elif n_rows == TILE_TOKENS:
-                for t in range(TILE_TOKENS):
+            elif n_rows == FLOAT_TILE_TOKENS:
+                for t in range(FLOAT_TILE_TOKENS):
                     store_scalar(out + m * STEP + t * ENTRY, load_scalar(rows + at + 4 * t * n))
             else:
                 for t in range(n_rows):
@@ -234,7 +234,7 @@ def make_run_tile(n_tokens: int, element: str) -> Any:
 
 
 def make_by_tile(weights: floats.FloatWeights) -> Any:
-    wide, small = (make_run_tile(n_tokens, weights.element) for n_tokens in (TILE_TOKENS, SMALL_TILE_TOKENS))
+    wide, small = (make_run_tile(n_tokens, weights.element) for n_tokens in (FLOAT_TILE_TOKENS, SMALL_TILE_TOKENS))
 
     @device
     def by_tile(panel, n, chained, count, totals):
@@ -253,11 +253,11 @@ def make_prefill(weights: floats.FloatWeights) -> Any:
     @device
     def prefill_panel(w, n_rows, n, chained, out, add, row, n_tokens, nth, scratch):
         totals = scratch
-        square = totals + TILE_TOKENS * SUMS
+        square = totals + FLOAT_TILE_TOKENS * SUMS
         panel = square + 4 * W * W
         unpack_panel(w + row * n * size, n, panel, w + (row + nth * (2 * W)) * n * size, square)
-        for t in range(0, n_tokens, TILE_TOKENS):
-            count = min(n_tokens - t, TILE_TOKENS)
+        for t in range(0, n_tokens, FLOAT_TILE_TOKENS):
+            count = min(n_tokens - t, FLOAT_TILE_TOKENS)
             by_tile(panel, n, chained, count, totals)
             store_totals(totals, out, add, t, count, row, n_rows)
             chained += tile_stride(n)

@@ -24,11 +24,11 @@ from .scalar import load_i64
 from .shares import distance, next_unit, rows_of_unit, take_rows
 from .simd import W, make_transpose_rows, prefetch_write
 from .weights import floats
-from .widths import LINE, TILE_TOKENS
+from .widths import FLOAT_TILE_TOKENS, LINE
 
 ROWS = 2 * W  # of a panel
 # A tile's sums, half by half of a panel's rows: the order of a chain.
-transpose_tile = make_transpose_rows([t * SUMS + half * 4 * W for half in range(2) for t in range(TILE_TOKENS)])
+transpose_tile = make_transpose_rows([t * SUMS + half * 4 * W for half in range(2) for t in range(FLOAT_TILE_TOKENS)])
 
 
 @device
@@ -46,16 +46,16 @@ def make_prefill_swiglu(weights: floats.FloatWeights) -> Any:
     def prefill_swiglu(gate, up, n_rows, n, chained, hidden, hidden_chained, row, coming, n_tokens, scratch):
         """Rows row .. row + ROWS - 1 by every token; those from `coming` on will be next."""
         gate_sums = scratch
-        up_sums = gate_sums + TILE_TOKENS * SUMS
-        square = up_sums + TILE_TOKENS * SUMS
+        up_sums = gate_sums + FLOAT_TILE_TOKENS * SUMS
+        square = up_sums + FLOAT_TILE_TOKENS * SUMS
         panel = square + 4 * W * W
         up_panel = panel + W * chain_stride(runs_of(n))
         row_bytes = n * size
         unpack_panel(gate + row * row_bytes, n, panel, gate + coming * row_bytes, square)
         unpack_panel(up + row * row_bytes, n, up_panel, up + coming * row_bytes, square)
         chains = hidden_chained + row // W * STEP
-        for t in range(0, n_tokens, TILE_TOKENS):
-            count = min(n_tokens - t, TILE_TOKENS)
+        for t in range(0, n_tokens, FLOAT_TILE_TOKENS):
+            count = min(n_tokens - t, FLOAT_TILE_TOKENS)
             if hidden_chained:
                 ask_for_chains(chains, n_rows)
             by_tile(panel, n, chained, count, gate_sums)

@@ -10,11 +10,12 @@ W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
-# Tokens of the widest tile: two sums a value (integer and float) must fit the registers.
+# Tokens of the widest tile of a quantized product: two sums a value (integer and float) must fit the registers.
 TILE_TOKENS = 6 if REGISTERS == 32 else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 2
+FLOAT_TILE_TOKENS = 6  # of the tile of a float product: one sum a value
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).
@@ -47,7 +48,7 @@ def activation_nbytes(n: int) -> int:
 KV_COLUMN_BYTES = {"f16": 2 * PAGE_TOKENS, "f32": 4 * PAGE_TOKENS, "q8_0": PAGE_TOKENS * 34 // 32}
 CHUNK_PAGES = 8
 CHUNK_TOKENS = CHUNK_PAGES * PAGE_TOKENS  # context that one softmax covers before results are merged
-QUERY_TILE = 2 * TILE_TOKENS  # queries that use a key while it is in a register: one sum a value, not two
+QUERY_TILE = 12 if REGISTERS == 32 else 6  # queries that use a key while it is in a register
 QUERY_GROUP = 48  # tokens of a prefill unit of attention
 
 
