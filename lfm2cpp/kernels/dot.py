@@ -19,6 +19,7 @@ from .vector import call_llvm, constant, shuffle, vector_op
 from .widths import BF16_PAIRS
 
 _VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
+BY_PAIRS = LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
 NEON = LEVEL.name.startswith("neon")
 I8_BIAS = 128 if _VNNI else 0
 
@@ -29,10 +30,24 @@ def _vpdpbusd(builder, acc, u, a):
     return call_llvm(builder, name, I32_VECTOR, acc, builder.bitcast(u, I32_VECTOR), builder.bitcast(a, I32_VECTOR))
 
 
-def _maddubs(builder, acc, u, a):
-    pairs = call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * W), u, a)
+def pair_products(builder, u, a):
+    """AVX2: u[2 i] * a[2 i] + u[2 i + 1] * a[2 i + 1] as int16, which must hold it; u unsigned, a int8"""
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * W), u, a)
+
+
+def pairs_that_fit(largest):
+    """How many results of pair_products add up in 16 bits, for weights 0..largest"""
+    return 32767 // (2 * 127 * largest)
+
+
+def add_pairs(builder, acc, pairs):
+    """AVX2: acc + the sum of 2 int16 within each lane"""
     ones = constant(ir.VectorType(I16, 2 * W), 1)
     return builder.add(acc, call_llvm(builder, "llvm.x86.avx2.pmadd.wd", I32_VECTOR, pairs, ones))
+
+
+def _maddubs(builder, acc, u, a):
+    return add_pairs(builder, acc, pair_products(builder, u, a))
 
 
 def _sdot(builder, acc, w, a):
@@ -67,9 +82,7 @@ def dot_i8_value(builder, acc, w, a):
     if LEVEL.name == "avx2":
         # |w| * (a with w's sign): products stay in a signed 16-bit pair sum as long as |a| <= 127.
         size = call_llvm(builder, f"llvm.abs.v{4 * W}i8", I8_VECTOR, w, ir.Constant(ir.IntType(1), 0))
-        minus = builder.sub(constant(I8_VECTOR, 0), a)
-        signed = builder.select(builder.icmp_signed("<", w, constant(I8_VECTOR, 0)), minus, a)
-        return _maddubs(builder, acc, size, signed)
+        return _maddubs(builder, acc, size, call_llvm(builder, "llvm.x86.avx2.psign.b", I8_VECTOR, a, w))
     return (_sdot if NEON else _widened)(builder, acc, w, a)
 
 

@@ -19,7 +19,16 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .dot import NEON, dot_pairs_value, dot_panel_i8_value, dot_u7_value
+from .dot import (
+    BY_PAIRS,
+    NEON,
+    add_pairs,
+    dot_pairs_value,
+    dot_panel_i8_value,
+    dot_u7_value,
+    pair_products,
+    pairs_that_fit,
+)
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector, store_vector
@@ -40,9 +49,9 @@ class DotTile:
     zero: Any  # () -> float tile of zeros
     zero_int: Any  # () -> integer tile of zeros
     start: Any  # (z) -> integer tile, each token's int32
-    dot_u7: Any  # (acc, panel, a) -> acc + 32 columns of unsigned weights, int8 activations
+    dot_u4: Any  # (acc, panel, a) -> acc + 32 columns of weights 0..15, int8 activations
     dot_i8: Any  # the same for signed weights, stored by panel_i8
-    dot_u7_half: Any  # (acc, panel, a) -> acc + 16 columns
+    dot_u6_half: Any  # (acc, panel, a) -> acc + 16 columns of weights 0..63
     scale: Any  # (f, acc, scales, d) -> f + acc * (scales * d[t])
     add_product: Any  # (f, values, ds) -> f + values * ds[t]
     combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
@@ -121,6 +130,17 @@ class Pairs:
         return columns
 
 
+def in_order(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
+    """The same values, finished here, before anything that is loaded later.
+
+    LLVM would add integers up in another order, token after token, with a whole block's activations in memory.
+    """
+    indices, kinds = range(len(values)), [value.type for value in values]
+    places = ",".join(["=x"] * len(values) + [str(i) for i in indices] + ["~{memory}"])
+    kept = builder.asm(ir.FunctionType(ir.LiteralStructType(kinds), kinds), "", places, values, side_effect=True)
+    return [builder.extract_value(kept, i) for i in indices]
+
+
 def make_dot_tile(n_tokens: int) -> DotTile:
     """The words for tiles of 2 W rows by `n_tokens`, which is even."""
     lay = (Pairs if PAIRS else Columns)(n_tokens)
@@ -149,7 +169,29 @@ def make_dot_tile(n_tokens: int) -> DotTile:
             for step in range(n_columns // lay.step):
                 rows, tokens = lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
                 acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
+                if BY_PAIRS:
+                    acc = pack(builder, in_order(builder, unpack(builder, acc)))
             return acc
+
+        return steps
+
+    def unsigned_dots(n_columns: int, largest: int) -> Any:
+        """Weights 0..largest."""
+        if not BY_PAIRS:
+            return dots(n_columns, lay.dot_u7)
+        fit = pairs_that_fit(largest)
+
+        @vector_op(ints, ints, int64, int64)
+        def steps(builder, acc, panel, a):
+            sums, pairs = unpack(builder, acc), []
+            for step in range(n_columns // lay.step):
+                rows, tokens = lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
+                products = [pair_products(builder, w, x) for w in rows for x in tokens]
+                pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products
+                pairs = in_order(builder, pairs)
+                if step % fit == fit - 1:
+                    sums = [add_pairs(builder, *two) for two in zip(sums, pairs, strict=True)]
+            return pack(builder, sums)
 
         return steps
 
@@ -192,7 +234,7 @@ def make_dot_tile(n_tokens: int) -> DotTile:
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
-        zero, zero_int, start, dots(32, lay.dot_u7), dots(32, lay.dot_i8), dots(16, lay.dot_u7),
+        zero, zero_int, start, unsigned_dots(32, 15), dots(32, lay.dot_i8), unsigned_dots(16, 63),
         scale, add_product, combine, scale_float, add_to,
     )  # fmt: skip
 

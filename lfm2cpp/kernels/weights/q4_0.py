@@ -46,7 +46,7 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    start, dot, scale = tile.start, tile.dot_u7, tile.scale
+    start, dot, scale = tile.start, tile.dot_u4, tile.scale
 
     @device
     def finish(f, panel, a, tables, n_groups):

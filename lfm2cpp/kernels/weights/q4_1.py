@@ -48,7 +48,7 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    zero, dot, scale, add_product = tile.zero_int, tile.dot_u7, tile.scale, tile.add_product
+    zero, dot, scale, add_product = tile.zero_int, tile.dot_u4, tile.scale, tile.add_product
 
     @device
     def finish(f, panel, a, tables, n_groups):

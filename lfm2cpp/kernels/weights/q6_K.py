@@ -123,7 +123,7 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    start, dot, combine, scale = tile.start, tile.dot_u7_half, tile.combine, tile.scale_float
+    start, dot, combine, scale = tile.start, tile.dot_u6_half, tile.combine, tile.scale_float
 
     @device
     def finish(f, panel, a, tables, n_groups):
