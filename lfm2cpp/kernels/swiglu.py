@@ -20,7 +20,16 @@ from .activation import (
     write_block,
 )
 from .compiler import device, kernel
-from .mul_mat import FEW_TOKENS, SUMS, TAIL_BYTES, make_decode, make_panel_product, totals_nbytes
+from .mul_mat import (
+    FEW_TOKENS,
+    SUMS,
+    TAIL_BYTES,
+    ask_for_totals,
+    make_decode,
+    make_panel_product,
+    store_totals,
+    totals_nbytes,
+)
 from .ops import swiglu_part
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
@@ -56,9 +65,7 @@ def finish_tile(gate, up, hidden, act, t, count, row, n_rows):
         for i in range(count):
             write_block(gate + i * SUMS, act, n_groups, t + i, row // QK, False)
     if hidden:
-        for i in range(count):
-            for j in range(0, 4 * min(ROWS, n_rows - row), 4):
-                store_scalar(hidden + 4 * ((t + i) * n_rows + row) + j, load_scalar(gate + i * SUMS + j))
+        store_totals(gate, hidden, 0, t, count, row, n_rows)
 
 
 def make_decode_swiglu(weights: ModuleType) -> Any:
@@ -111,6 +118,8 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
             count = min(n_tokens - t, TILE_TOKENS)
             if hidden_act:
                 ask_for_block(hidden_act, n_groups_of(n_rows), t, row // QK)
+            if hidden:
+                ask_for_totals(hidden, 0, t, count, row, n_rows)
             by_tile(panel, n, act, count, gate_sums)
             by_tile(up_panel, n, act, count, up_sums)
             finish_tile(gate_sums, up_sums, hidden, hidden_act, t, count, row, n_rows)
