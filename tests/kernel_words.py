@@ -9,7 +9,7 @@ import numpy as np
 
 from lfm2cpp.kernels import simd
 from lfm2cpp.kernels.compiler import kernel
-from lfm2cpp.kernels.dot import dot_bf16, dot_i8, dot_u7
+from lfm2cpp.kernels.dot import dot2_u6, dot_bf16, dot_i8, dot_u7
 from lfm2cpp.kernels.math import exp, silu
 from lfm2cpp.kernels.scalar import (
     fma_f32,
@@ -134,6 +134,8 @@ def dot_words(x, out):
     w, a = simd.load_bytes(x + 2 * ROW), simd.load_bytes(x + 3 * ROW)
     simd.store_i32(out, dot_u7(acc, u, a))
     simd.store_i32(out + ROW, dot_i8(acc, w, a))
+    u, v = u & simd.splat_u8(63), u >> 1 & simd.splat_u8(63)
+    simd.store_i32(out + 2 * ROW, dot2_u6(u, a, v, w))
 
 
 @kernel

@@ -185,10 +185,11 @@ def test_loads_stay_within_their_vectors() -> None:
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
-    found = say("dot_words", 2, x=rows(acc, u.astype(np.uint8), w.astype(np.int8), a.astype(np.int8)))
+    found = say("dot_words", 3, x=rows(acc, u.astype(np.uint8), w.astype(np.int8), a.astype(np.int8)))
     u, w, a = (v.astype(np.int64).reshape(W, 4) for v in (u, w, a))
     check(found[0], (acc + (u * a).sum(-1)).astype(np.int32))
     check(found[1], (acc + (w * a).sum(-1) + I8_BIAS * a.sum(-1)).astype(np.int32))
+    check(found[2], ((u & 63) * a + (u >> 1 & 63) * w).sum(-1).astype(np.int32))
 
 
 def test_dot_words() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lfm2cpp.kernels.compiler import device
-from lfm2cpp.kernels.dot import dot_u7
+from lfm2cpp.kernels.dot import dot2_u6
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
@@ -13,7 +13,6 @@ from lfm2cpp.kernels.simd import (
     high_nibbles,
     load_bytes,
     low_nibbles,
-    splat_i32,
     store_bytes,
     sum_pieces_small,
 )
@@ -24,7 +23,7 @@ from .columns import interleave_rows
 @device
 def _dot_pair(q, a):
     """The four partial sums of each piece's block."""
-    return dot_u7(dot_u7(splat_i32(0), low_nibbles(q), load_bytes(a)), high_nibbles(q), load_bytes(a + 4 * W))
+    return dot2_u6(low_nibbles(q), load_bytes(a), high_nibbles(q), load_bytes(a + 4 * W))
 
 
 def make_sum_nibbles(block_bytes: int) -> Any:
