@@ -27,7 +27,7 @@ from numba.core.registry import cpu_target
 
 from . import level
 from .cache import Compiled
-from .scalar import f32_of_bits, load_i64
+from .scalar import align_stack, f32_of_bits, load_i64
 
 F32 = numba.float32  # annotation of a float parameter
 FROM_CALLER = ("work", "ith", "nth")
@@ -101,8 +101,9 @@ def _entry(function: Callable[..., None]) -> Callable[[int, int, int, int], None
         value = f"load_i64(args + {8 * row})"
         lines.append(f"f32_of_bits({value})" if parameter.annotation in (F32, "F32") else value)
         row += 1
-    source = f"def entry(args, work, ith, nth):\n    body({', '.join(lines)})\n"
-    scope: dict[str, Any] = {"body": device(function), "load_i64": load_i64, "f32_of_bits": f32_of_bits}
+    source = f"def entry(args, work, ith, nth):\n    align_stack()\n    body({', '.join(lines)})\n"
+    words = {"align_stack": align_stack, "load_i64": load_i64, "f32_of_bits": f32_of_bits}
+    scope: dict[str, Any] = {"body": device(function), **words}
     exec(source, scope)  # noqa: S102 - the text above, nothing of a user's
     return scope["entry"]
 

@@ -14,11 +14,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import level
 from .portable import float_to_half, half_to_float, multiply_add
 
 Convert = Callable[[ir.IRBuilder, ir.Value, ir.Type], ir.Value]
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+VECTOR_BYTES = level.target().level.bits // 8
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
@@ -85,6 +87,21 @@ def keep_apart(typingctx: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         builder.function.attributes.discard("alwaysinline")
         builder.function.attributes.add("noinline")
+        builder.function.attributes.alignstack = VECTOR_BYTES
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def align_stack(typingctx: Any) -> Any:
+    """First line of a kernel, as keep_apart is of a helper: vectors for which there is no register lie aligned.
+
+    LLVM aligns the stack to 16 bytes only, and whether its vectors then cross cache lines is a matter of chance.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.function.attributes.alignstack = VECTOR_BYTES
         return context.get_dummy_value()
 
     return types.void(), codegen
