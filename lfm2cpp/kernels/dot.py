@@ -17,10 +17,9 @@ from .portable import multiply_add
 from .scalar import I16
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, f32, i32
 from .vector import call_llvm, constant, shuffle, vector_op
-from .widths import BF16_PAIRS
+from .widths import BF16_PAIRS, PAIR_SUMS
 
 _VNNI = LEVEL.name in ("avx512-vnni", "avx-vnni")
-BY_PAIRS = LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
 NEON = LEVEL.name.startswith("neon")
 I8_BIAS = 128 if _VNNI else 0
 
@@ -72,7 +71,7 @@ def _widened(builder, acc, w, a):
 def dot_u7_value(builder, acc, u, a):
     if _VNNI:
         return _vpdpbusd(builder, acc, u, a)
-    if LEVEL.name == "avx2":
+    if PAIR_SUMS:
         return _maddubs(builder, acc, u, a)
     return (_sdot if NEON else _widened)(builder, acc, u, a)
 
@@ -80,7 +79,7 @@ def dot_u7_value(builder, acc, u, a):
 def dot_i8_value(builder, acc, w, a):
     if _VNNI:
         return _vpdpbusd(builder, acc, builder.xor(w, constant(I8_VECTOR, 128)), a)
-    if LEVEL.name == "avx2":
+    if PAIR_SUMS:
         # |w| * (a with w's sign): products stay in a signed 16-bit pair sum as long as |a| <= 127.
         size = call_llvm(builder, f"llvm.abs.v{4 * W}i8", I8_VECTOR, w, ir.Constant(ir.IntType(1), 0))
         return _maddubs(builder, acc, size, call_llvm(builder, "llvm.x86.avx2.psign.b", I8_VECTOR, a, w))
@@ -125,7 +124,7 @@ def dot_u7(builder, acc, u, a):
 def dot2_u6(builder, u, a, v, b):
     """The sum of 4 u * a and 4 v * b within each lane; u, v in 0..63"""
     zero = constant(I32_VECTOR, 0)
-    if BY_PAIRS:
+    if PAIR_SUMS:
         return add_pairs(builder, zero, builder.add(pair_products(builder, u, a), pair_products(builder, v, b)))
     return dot_u7_value(builder, dot_u7_value(builder, zero, u, a), v, b)
 

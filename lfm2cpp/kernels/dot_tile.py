@@ -13,6 +13,7 @@ How the bytes must lie for that is in weights/columns.py and activation.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from llvmlite import ir
 from numba import types
 
 from .dot import (
-    BY_PAIRS,
     NEON,
     add_pairs,
     dot_pairs_value,
@@ -34,7 +34,7 @@ from .scalar import FLOAT, I32, I64
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector, store_vector
 from .tile import VECTOR, load_at, pack, unpack
 from .vector import shuffle, splat, vector_op
-from .widths import PAIRS
+from .widths import PAIR_SUMS, PAIRS
 
 int64 = types.int64
 BLOCK, ENTRY = 32, 4  # bytes of a token in a tile: of a block's integers, of a table's entries
@@ -163,29 +163,32 @@ def make_dot_tile(n_tokens: int) -> DotTile:
     def start(builder, z):
         return pack(builder, lay.tokens(builder, z, I32) * lay.n_row_vectors)
 
+    def operands(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int) -> Iterator[Any]:
+        """Row vectors and token vectors of bytes, step by step."""
+        for step in range(n_columns // lay.step):
+            yield lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
+
     def dots(n_columns: int, dot: Any) -> Any:
         @vector_op(ints, ints, int64, int64)
         def steps(builder, acc, panel, a):
-            for step in range(n_columns // lay.step):
-                rows, tokens = lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
+            for rows, tokens in operands(builder, panel, a, n_columns):
                 acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
-                if BY_PAIRS:
+                if PAIR_SUMS:
                     acc = pack(builder, in_order(builder, unpack(builder, acc)))
             return acc
 
         return steps
 
     def unsigned_dots(n_columns: int, largest: int) -> Any:
-        """Weights 0..largest."""
-        if not BY_PAIRS:
+        """Weights 0..largest: where products come in pairs, those stay in 16 bits for as many steps as fit."""
+        if not PAIR_SUMS:
             return dots(n_columns, lay.dot_u7)
         fit = pairs_that_fit(largest)
 
         @vector_op(ints, ints, int64, int64)
         def steps(builder, acc, panel, a):
             sums, pairs = unpack(builder, acc), []
-            for step in range(n_columns // lay.step):
-                rows, tokens = lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
+            for step, (rows, tokens) in enumerate(operands(builder, panel, a, n_columns)):
                 products = [pair_products(builder, w, x) for w in rows for x in tokens]
                 pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products
                 pairs = in_order(builder, pairs)

@@ -82,7 +82,10 @@ def f32_of_bits(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def keep_apart(typingctx: Any) -> Any:
-    """First line of a large helper: LLVM must not inline it, so that its inner loop has all registers to itself."""
+    """First line of a large helper: LLVM must not inline it, so that its inner loop has all registers to itself.
+
+    Its stack is aligned as align_stack says.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         builder.function.attributes.discard("alwaysinline")

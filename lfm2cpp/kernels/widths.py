@@ -10,8 +10,10 @@ W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
-# Tokens of the widest tile of a quantized product: two sums a value (integer and float) must fit the registers.
-TILE_TOKENS = 6 if REGISTERS == 32 else 4 if _LEVEL.name == "avx2" else 3
+PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
+# Tokens of the widest tile of a quantized product: two sums a value (integer and float) must fit the registers; where
+# products are summed in 16 bits first, the float sums lie in memory from block to block anyway.
+TILE_TOKENS = 6 if REGISTERS == 32 else 4 if PAIR_SUMS else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 2
