@@ -1,7 +1,8 @@
 """Register tiles of quantized products: the sums of 2 W rows by a few tokens while a panel of int8 weights streams by.
 
 A tile is a tuple of vectors, the outer product of vectors of rows and vectors of tokens: value [row vector][token
-vector]. Its words are the same for both arrangements:
+vector]. Where the registers do not hold both the integer sums of a block and the float sums of a chain of blocks, the
+latter lie in memory, and their tile is an address. Its words are the same for both arrangements:
 
     columns  a vector is W rows of one token; 2 row vectors. Each dot takes 4 columns of W rows and of one token,
              broadcast.
@@ -21,6 +22,7 @@ from llvmlite import ir
 from numba import types
 
 from .dot import (
+    I8_BIAS,
     NEON,
     add_pairs,
     dot_pairs_value,
@@ -32,9 +34,9 @@ from .dot import (
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector, store_vector
-from .tile import VECTOR, load_at, pack, unpack
+from .tile import VECTOR, load_at, pack
 from .vector import shuffle, splat, vector_op
-from .widths import PAIR_SUMS, PAIRS
+from .widths import FLOATS_IN_MEMORY, PAIR_SUMS, PAIRS
 
 int64 = types.int64
 BLOCK, ENTRY = 32, 4  # bytes of a token in a tile: of a block's integers, of a table's entries
@@ -43,19 +45,17 @@ HALF = 32 if PAIRS else 16  # bytes from a tile's first 16 columns of a block to
 
 @dataclass(frozen=True)
 class DotTile:
-    """The words of a tile of one width. `scales`, `factors` and `values` are 2 W float32, one a row; z, d and ds tables
+    """The words of a tile of one width. `scales`, `factors` and `minima` are 2 W float32, one a row; z, d and ds tables
     of one entry a token."""
 
-    zero: Any  # () -> float tile of zeros
-    zero_int: Any  # () -> integer tile of zeros
-    start: Any  # (z) -> integer tile, each token's int32
-    dot_u4: Any  # (acc, panel, a) -> acc + 32 columns of weights 0..15, int8 activations
-    dot_i8: Any  # the same for signed weights, stored by panel_i8
-    dot_u6_half: Any  # (acc, panel, a) -> acc + 16 columns of weights 0..63
-    scale: Any  # (f, acc, scales, d) -> f + acc * (scales * d[t])
-    add_product: Any  # (f, values, ds) -> f + values * ds[t]
-    combine: Any  # (low, low_factors, high, high_factors) -> low * factors + high * factors, as float
-    scale_float: Any  # (f, sums, scales, d) -> f + sums * (scales * d[t])
+    zero: Any  # (room) -> float tile of zeros, at `room`, 2 VECTOR bytes a token, if it lies in memory
+    dot_u4: Any  # (z, panel, a) -> integer tile: z[t] + 32 columns of weights 0..15, int8 activations
+    dot_u4_alone: Any  # (panel, a): the same without z
+    dot_i8: Any  # (z, panel, a): the same for signed weights, stored by panel_i8; z is I8_BIAS times the columns' sums
+    dot_u6_half: Any  # (z, panel, a) -> z[t] + 16 columns of weights 0..63
+    scale: Any  # (f, sums, scales, d) -> f + sums * (scales * d[t])
+    scale_and_add: Any  # (f, sums, scales, d, minima, ds) -> f + sums * (scales * d[t]) + minima * ds[t]
+    scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d): sums are low * factors + high * factors
     add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
 
 
@@ -73,10 +73,9 @@ class Columns:
         """2 W float32, as row vectors."""
         return [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
 
-    def tokens(self, builder: ir.IRBuilder, table: ir.Value, element: ir.Type) -> list[ir.Value]:
-        """A table's entries, as token vectors."""
-        entries = [load_at(builder, table, ENTRY * t, element) for t in range(self.n_token_vectors)]
-        return [splat(builder, entry, W) for entry in entries]
+    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type) -> ir.Value:
+        """Token vector t of a table's entries."""
+        return splat(builder, load_at(builder, table, ENTRY * t, element), W)
 
     def row_bytes(self, builder: ir.IRBuilder, panel: ir.Value, step: int) -> list[ir.Value]:
         return [load_at(builder, panel, (2 * step + half) * VECTOR, I8_VECTOR) for half in range(2)]
@@ -109,10 +108,9 @@ class Pairs:
         halves = [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
         return [shuffle(builder, v, v, lanes) for v in halves for lanes in ([0, 0, 1, 1], [2, 2, 3, 3])]
 
-    def tokens(self, builder: ir.IRBuilder, table: ir.Value, element: ir.Type) -> list[ir.Value]:
-        two = ir.VectorType(element, 2)
-        pairs = [load_at(builder, table, 2 * ENTRY * p, two) for p in range(self.n_token_vectors)]
-        return [shuffle(builder, pair, pair, [0, 1, 0, 1]) for pair in pairs]
+    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type) -> ir.Value:
+        pair = load_at(builder, table, 2 * ENTRY * t, ir.VectorType(element, 2))
+        return shuffle(builder, pair, pair, [0, 1, 0, 1])
 
     def row_bytes(self, builder: ir.IRBuilder, panel: ir.Value, step: int) -> list[ir.Value]:
         places = [4 * step + 2 * pair + half for half in range(2) for pair in range(2)]
@@ -145,91 +143,117 @@ def make_dot_tile(n_tokens: int) -> DotTile:
     """The words for tiles of 2 W rows by `n_tokens`, which is even."""
     lay = (Pairs if PAIRS else Columns)(n_tokens)
     count = lay.n_row_vectors * lay.n_token_vectors
-    floats, ints = types.UniTuple(f32, count), types.UniTuple(i32, count)
+    ints, floats = types.UniTuple(i32, count), int64 if FLOATS_IN_MEMORY else types.UniTuple(f32, count)
 
-    def outer(builder: ir.IRBuilder, acc: ir.Value, rows: Any, tokens: Any, combine: Any) -> ir.Value:
-        values = iter(unpack(builder, acc))
-        return pack(builder, [combine(next(values), row, token) for row in rows for token in tokens])
+    def float_at(builder: ir.IRBuilder, f: ir.Value, i: int) -> ir.Value:
+        return load_at(builder, f, i * VECTOR, F32_VECTOR) if FLOATS_IN_MEMORY else builder.extract_value(f, i)
+
+    def with_float(builder: ir.IRBuilder, f: ir.Value, i: int, value: ir.Value) -> ir.Value:
+        """The float tile f whose value i is this one."""
+        if not FLOATS_IN_MEMORY:
+            return builder.insert_value(f, value, i)
+        store_vector(builder, builder.add(f, ir.Constant(I64, i * VECTOR)), value)
+        return f
 
     @vector_op(floats, int64)
-    def zero(builder, _):
-        return pack(builder, [ir.Constant(F32_VECTOR, None)] * count)
+    def zero(builder, room):
+        f = room if FLOATS_IN_MEMORY else ir.Constant(ir.ArrayType(F32_VECTOR, count), ir.Undefined)
+        for i in range(count):
+            f = with_float(builder, f, i, ir.Constant(F32_VECTOR, None))
+        return f
 
-    @vector_op(ints, int64)
-    def zero_int(builder, _):
-        return pack(builder, [ir.Constant(I32_VECTOR, None)] * count)
+    def zeros() -> list[ir.Value]:
+        return [ir.Constant(I32_VECTOR, None)] * count
 
-    @vector_op(ints, int64)
-    def start(builder, z):
-        return pack(builder, lay.tokens(builder, z, I32) * lay.n_row_vectors)
+    def starts(builder: ir.IRBuilder, z: ir.Value) -> list[ir.Value]:
+        return [lay.token(builder, z, t, I32) for t in range(lay.n_token_vectors)] * lay.n_row_vectors
 
     def operands(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int) -> Iterator[Any]:
         """Row vectors and token vectors of bytes, step by step."""
         for step in range(n_columns // lay.step):
             yield lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
 
-    def dots(n_columns: int, dot: Any) -> Any:
-        @vector_op(ints, ints, int64, int64)
-        def steps(builder, acc, panel, a):
-            for rows, tokens in operands(builder, panel, a, n_columns):
-                acc = outer(builder, acc, rows, tokens, lambda s, w, x: dot(builder, s, w, x))
-                if PAIR_SUMS:
-                    acc = pack(builder, in_order(builder, unpack(builder, acc)))
-            return acc
+    def sums_of_dots(builder: ir.IRBuilder, sums: Any, panel: ir.Value, a: ir.Value, n_columns: int, dot: Any) -> Any:
+        for rows, tokens in operands(builder, panel, a, n_columns):
+            pairs = [(w, x) for w in rows for x in tokens]
+            sums = [dot(builder, total, w, x) for total, (w, x) in zip(sums, pairs, strict=True)]
+            if PAIR_SUMS:
+                sums = in_order(builder, sums)
+        return sums
 
-        return steps
+    def sums_of_pairs(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int, largest: int) -> Any:
+        """Weights 0..largest, whose products come in pairs: those stay in 16 bits for as many steps as fit."""
+        fit, sums, pairs = pairs_that_fit(largest), zeros(), []
+        for step, (rows, tokens) in enumerate(operands(builder, panel, a, n_columns)):
+            products = [pair_products(builder, w, x) for w in rows for x in tokens]
+            pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products
+            pairs = in_order(builder, pairs)
+            if step % fit == fit - 1:
+                sums = [add_pairs(builder, *two) for two in zip(sums, pairs, strict=True)]
+        return sums
 
     def unsigned_dots(n_columns: int, largest: int) -> Any:
-        """Weights 0..largest: where products come in pairs, those stay in 16 bits for as many steps as fit."""
-        if not PAIR_SUMS:
-            return dots(n_columns, lay.dot_u7)
-        fit = pairs_that_fit(largest)
+        @vector_op(ints, int64, int64, int64)
+        def dots(builder, z, panel, a):
+            if not PAIR_SUMS:
+                return pack(builder, sums_of_dots(builder, starts(builder, z), panel, a, n_columns, lay.dot_u7))
+            sums = sums_of_pairs(builder, panel, a, n_columns, largest)
+            return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z), strict=True)])
 
-        @vector_op(ints, ints, int64, int64)
-        def steps(builder, acc, panel, a):
-            sums, pairs = unpack(builder, acc), []
-            for step, (rows, tokens) in enumerate(operands(builder, panel, a, n_columns)):
-                products = [pair_products(builder, w, x) for w in rows for x in tokens]
-                pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products
-                pairs = in_order(builder, pairs)
-                if step % fit == fit - 1:
-                    sums = [add_pairs(builder, *two) for two in zip(sums, pairs, strict=True)]
-            return pack(builder, sums)
+        return dots
 
-        return steps
+    @vector_op(ints, int64, int64)
+    def dot_u4_alone(builder, panel, a):
+        if PAIR_SUMS:
+            return pack(builder, sums_of_pairs(builder, panel, a, 32, 15))
+        return pack(builder, sums_of_dots(builder, zeros(), panel, a, 32, lay.dot_u7))
 
-    def scaled(builder: ir.IRBuilder, f: ir.Value, sums: list[ir.Value], scales: ir.Value, d: ir.Value) -> ir.Value:
-        rows, tokens, numbers = lay.rows(builder, scales), lay.tokens(builder, d, FLOAT), iter(sums)
-        return outer(builder, f, rows, tokens,
-                     lambda s, w, x: multiply_add(builder, next(numbers), builder.fmul(w, x), s))  # fmt: skip
+    @vector_op(ints, int64, int64, int64)
+    def dot_i8(builder, z, panel, a):
+        sums = starts(builder, z) if I8_BIAS else zeros()
+        return pack(builder, sums_of_dots(builder, sums, panel, a, 32, lay.dot_i8))
+
+    def add_scaled(builder, f, total, scales, d, minima=None, ds=None):
+        """f + total(i, r) * (scales * d) + minima * ds; value i is of row vector r.
+
+        Token after token: so only a few of them need a register at a time.
+        """
+        row_scales, row_minima = lay.rows(builder, scales), lay.rows(builder, minima) if minima else None
+        for t in range(lay.n_token_vectors):
+            factor, term = lay.token(builder, d, t, FLOAT), lay.token(builder, ds, t, FLOAT) if ds else None
+            for r in range(lay.n_row_vectors):
+                i = r * lay.n_token_vectors + t
+                scale = builder.fmul(row_scales[r], factor)
+                value = multiply_add(builder, total(i, r), scale, float_at(builder, f, i))
+                if minima:
+                    value = multiply_add(builder, row_minima[r], term, value)
+                f = with_float(builder, f, i, value)
+        return f
+
+    def as_float(builder: ir.IRBuilder, sums: ir.Value, i: int) -> ir.Value:
+        return builder.sitofp(builder.extract_value(sums, i), F32_VECTOR)
 
     @vector_op(floats, floats, ints, int64, int64)
-    def scale(builder, f, acc, scales, d):
-        sums = [builder.sitofp(value, F32_VECTOR) for value in unpack(builder, acc)]
-        return scaled(builder, f, sums, scales, d)
+    def scale(builder, f, sums, scales, d):
+        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d)
 
-    @vector_op(floats, floats, floats, int64, int64)
-    def scale_float(builder, f, sums, scales, d):
-        return scaled(builder, f, unpack(builder, sums), scales, d)
+    @vector_op(floats, floats, ints, int64, int64, int64, int64)
+    def scale_and_add(builder, f, sums, scales, d, minima, ds):
+        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d, minima, ds)
 
-    @vector_op(floats, floats, int64, int64)
-    def add_product(builder, f, values, ds):
-        rows, tokens = lay.rows(builder, values), lay.tokens(builder, ds, FLOAT)
-        return outer(builder, f, rows, tokens, lambda s, w, x: multiply_add(builder, w, x, s))
+    @vector_op(floats, floats, ints, int64, ints, int64, int64, int64)
+    def scale_halves(builder, f, low, low_factors, high, high_factors, scales, d):
+        lows, highs = lay.rows(builder, low_factors), lay.rows(builder, high_factors)
 
-    @vector_op(floats, ints, int64, ints, int64)
-    def combine(builder, low, low_factors, high, high_factors):
-        low_rows, high_rows = lay.rows(builder, low_factors), lay.rows(builder, high_factors)
-        values = []
-        for i, (a, b) in enumerate(zip(unpack(builder, low), unpack(builder, high), strict=True)):
-            r = i // lay.n_token_vectors
-            product = builder.fmul(builder.sitofp(b, F32_VECTOR), high_rows[r])
-            values.append(multiply_add(builder, builder.sitofp(a, F32_VECTOR), low_rows[r], product))
-        return pack(builder, values)
+        def total(i, r):
+            product = builder.fmul(as_float(builder, high, i), highs[r])
+            return multiply_add(builder, as_float(builder, low, i), lows[r], product)
+
+        return add_scaled(builder, f, total, scales, d)
 
     @vector_op(types.void, int64, floats)
     def add_to(builder, totals, f):
-        for i, value in enumerate(lay.by_token(builder, unpack(builder, f))):
+        for i, value in enumerate(lay.by_token(builder, [float_at(builder, f, i) for i in range(count)])):
             half, t = divmod(i, n_tokens)
             where = builder.add(totals, ir.Constant(I64, (2 * t + half) * VECTOR))
             store_vector(builder, where, builder.fadd(load_vector(builder, where, F32_VECTOR), value))
@@ -237,8 +261,8 @@ def make_dot_tile(n_tokens: int) -> DotTile:
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
-        zero, zero_int, start, unsigned_dots(32, 15), dots(32, lay.dot_i8), unsigned_dots(16, 63),
-        scale, add_product, combine, scale_float, add_to,
+        zero, unsigned_dots(32, 15), dot_u4_alone, dot_i8, unsigned_dots(16, 63),
+        scale, scale_and_add, scale_halves, add_to,
     )  # fmt: skip
 
 

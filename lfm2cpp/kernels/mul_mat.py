@@ -119,17 +119,18 @@ def make_run_chains(weights: ModuleType, n_tokens: int) -> Any:
     ask_for_block = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK, LINE), False)
 
     @device
-    def run_chains(panel, first, last, n_blocks, n_groups, act, n_tiles, totals):
+    def run_chains(panel, first, last, n_blocks, n_groups, act, n_tiles, totals, room):
         """totals += the products of chains first .. last - 1, unpacked at panel, with n_tiles tiles of tokens
 
-        Meanwhile it asks for the same blocks of the tile that follows, which may no longer be near.
+        Meanwhile it asks for the same blocks of the tile that follows, which may no longer be near. The sums of a chain
+        may lie at `room`, TILE_TOKENS * SUMS bytes.
         """
         keep_apart()
         ahead = tile_stride(n_groups)
         for _ in range(n_tiles):
             block = panel
             for c in range(first, last):
-                f = zero(0)
+                f = zero(room)
                 a = act + c * n_groups * (TILE_TOKENS * BLOCK)
                 tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
                 for _ in range(c, n_blocks, W):
@@ -163,6 +164,7 @@ class PanelProduct:
     unpack: Any  # (w, row_bytes, n_rows, n, panel, coming): a panel of n_rows rows at w; those at `coming` will be next
     by_tile: Any  # (panel, n, act, count, totals): totals = the panel by the first `count` tokens of a tile
     by_few: Any  # (w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals): totals = w by up to FEW_TOKENS
+    # totals: totals_nbytes of as many tokens
 
 
 def make_panel_product(weights: ModuleType) -> PanelProduct:
@@ -202,12 +204,13 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             store_f32(totals + i, splat_f32(0.0))
         n_blocks, n_groups = n // 32, n_groups_of(n)
         zero, one = np.int64(0), np.int64(1)  # for a literal Numba would compile the callee once more
+        room = totals + TILE_TOKENS * SUMS
         if count > MEDIUM_TILE_TOKENS:
-            wide(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
+            wide(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals, room)
         elif count > SMALL_TILE_TOKENS:
-            medium(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
+            medium(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals, room)
         else:
-            small(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals)
+            small(panel, zero, min(W, n_blocks), n_blocks, n_groups, act, one, totals, room)
 
     @device
     def by_few(w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals):
@@ -218,23 +221,24 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         if left > MEDIUM_TILE_TOKENS:
             n_tiles, left = n_tiles + 1, 0
         last_tile, last_totals = act + n_tiles * tile_stride(n_groups), totals + n_tiles * TILE_TOKENS * SUMS
+        room = last_totals + TILE_TOKENS * SUMS
         for i in range(0, totals_nbytes(n_tokens), 4 * W):
             store_f32(totals + i, splat_f32(0.0))
         for c in range(min(W, n_blocks)):
             unpack_chains(w, row_bytes, c, c + 1, n_blocks, raw, panel, coming)
-            wide(panel, c, c + 1, n_blocks, n_groups, act, n_tiles, totals)
+            wide(panel, c, c + 1, n_blocks, n_groups, act, n_tiles, totals, room)
             if left > SMALL_TILE_TOKENS:
-                medium(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals)
+                medium(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals, room)
             elif left:
-                small(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals)
+                small(panel, c, c + 1, n_blocks, n_groups, last_tile, np.int64(1), last_totals, room)
 
     return PanelProduct(unpack, by_tile, by_few)
 
 
 @device
 def totals_nbytes(n_tokens):
-    """Bytes of the sums of a panel: a tile may be written that is not full."""
-    return (n_tokens + TILE_TOKENS) * SUMS
+    """Bytes of the sums of a panel: a tile may be written that is not full, and behind it the sums of a chain."""
+    return (n_tokens + 2 * TILE_TOKENS) * SUMS
 
 
 @device

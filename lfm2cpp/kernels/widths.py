@@ -11,9 +11,10 @@ REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
-# Tokens of the widest tile of a quantized product: two sums a value (integer and float) must fit the registers; where
-# products are summed in 16 bits first, the float sums lie in memory from block to block anyway.
-TILE_TOKENS = 6 if REGISTERS == 32 else 4 if PAIR_SUMS else 3
+FLOATS_IN_MEMORY = PAIR_SUMS  # a quantized product's float sums, of which it needs one a block (dot_tile.py)
+# Tokens of the widest tile of a quantized product: the integer sums, and the float sums if they lie there, must fit the
+# registers.
+TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 2
@@ -62,7 +63,7 @@ def padded_head(n_embd_head: int) -> int:
 def panel_nbytes(n: int) -> int:
     """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums."""
     runs = -(-n // PANEL_ROWS)
-    sums = 2 * 4 * PANEL_ROWS * 5 * TILE_TOKENS
+    sums = 2 * 4 * PANEL_ROWS * 6 * TILE_TOKENS
     return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192
 
 

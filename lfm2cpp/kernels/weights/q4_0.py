@@ -46,12 +46,12 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    start, dot, scale = tile.start, tile.dot_u4, tile.scale
+    dot, scale = tile.dot_u4, tile.scale
 
     @device
     def finish(f, panel, a, tables, n_groups):
-        acc = dot(start(tables + n_groups * ACT_Z8), panel, a)
-        return scale(f, acc, panel + SCALES, tables + n_groups * ACT_D)
+        sums = dot(tables + n_groups * ACT_Z8, panel, a)
+        return scale(f, sums, panel + SCALES, tables + n_groups * ACT_D)
 
     return finish
 

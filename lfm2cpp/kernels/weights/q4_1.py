@@ -48,12 +48,12 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    zero, dot, scale, add_product = tile.zero_int, tile.dot_u4, tile.scale, tile.add_product
+    dot, scale_and_add = tile.dot_u4_alone, tile.scale_and_add
 
     @device
     def finish(f, panel, a, tables, n_groups):
-        f = scale(f, dot(zero(0), panel, a), panel + SCALES, tables + n_groups * ACT_D)
-        return add_product(f, panel + MINIMA, tables + n_groups * ACT_DS)
+        d, ds = tables + n_groups * ACT_D, tables + n_groups * ACT_DS
+        return scale_and_add(f, dot(panel, a), panel + SCALES, d, panel + MINIMA, ds)
 
     return finish
 

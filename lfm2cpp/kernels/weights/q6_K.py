@@ -123,14 +123,14 @@ def unpack_block(w, row_bytes, b, raw, panel):
 
 
 def finish_block(tile):
-    start, dot, combine, scale = tile.start, tile.dot_u6_half, tile.combine, tile.scale_float
+    dot, scale_halves = tile.dot_u6_half, tile.scale_halves
 
     @device
     def finish(f, panel, a, tables, n_groups):
-        low = dot(start(tables + n_groups * ACT_Z32_LOW), panel, a)
-        high = dot(start(tables + n_groups * ACT_Z32_HIGH), panel + 32 * W, a + HALF)
-        sums = combine(low, panel + LOW_SCALES, high, panel + HIGH_SCALES)  # exact: below 2**24
-        return scale(f, sums, panel + PANEL_D, tables + n_groups * ACT_D)
+        low = dot(tables + n_groups * ACT_Z32_LOW, panel, a)
+        high = dot(tables + n_groups * ACT_Z32_HIGH, panel + 32 * W, a + HALF)
+        factors, scales = panel + LOW_SCALES, panel + PANEL_D  # sums are exact: below 2**24
+        return scale_halves(f, low, factors, high, panel + HIGH_SCALES, scales, tables + n_groups * ACT_D)
 
     return finish
 
