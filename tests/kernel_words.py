@@ -135,7 +135,7 @@ def dot_words(x, out):
     simd.store_i32(out, dot_u7(acc, u, a))
     simd.store_i32(out + ROW, dot_i8(acc, w, a))
     u, v = u & simd.splat_u8(63), u >> 1 & simd.splat_u8(63)
-    simd.store_i32(out + 2 * ROW, dot2_u6(u, a, v, w))
+    simd.store_i32(out + 2 * ROW, dot2_u6(acc, u, a, v, w))
 
 
 @kernel

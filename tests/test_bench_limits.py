@@ -56,7 +56,7 @@ def test_read_stream_reads_every_byte(n_rounds: int) -> None:
 def test_dot_stream_multiplies_every_operand(rounds: int) -> None:
     rng = np.random.default_rng(rounds)
     operands = rng.integers(-127, 128, OPERANDS).astype(np.int8).reshape(STEPS, 8, VECTOR)
-    operands[:, :2] = rng.integers(0, 128, operands[:, :2].shape)
+    operands[:, :2] = rng.integers(0, 64, operands[:, :2].shape)
     wide = operands.astype(np.int64)
     products = [(wide[s, i] * wide[s, 2 + t]).sum() for s in range(STEPS) for i in range(2) for t in range(6)]
     expected = rounds * int(sum(products))

@@ -189,7 +189,7 @@ def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
     u, w, a = (v.astype(np.int64).reshape(W, 4) for v in (u, w, a))
     check(found[0], (acc + (u * a).sum(-1)).astype(np.int32))
     check(found[1], (acc + (w * a).sum(-1) + I8_BIAS * a.sum(-1)).astype(np.int32))
-    check(found[2], ((u & 63) * a + (u >> 1 & 63) * w).sum(-1).astype(np.int32))
+    check(found[2], (acc + ((u & 63) * a + (u >> 1 & 63) * w).sum(-1)).astype(np.int32))
 
 
 def test_dot_words() -> None:

@@ -93,8 +93,8 @@ def read_rate(address: int, nbytes: int, n_threads: int, rounds: int = READ_ROUN
 
 
 def int8_rate(n_threads: int, rounds: int = PEAK_ROUNDS) -> float:
-    """Products of bytes, summed to int32, a second."""
-    operands = np.random.default_rng(0).integers(0, 128, OPERANDS).astype(np.int8)  # weights and activations alike
+    """Products of bytes, weights of up to 6 bits by int8, summed to int32, a second."""
+    operands = np.random.default_rng(0).integers(0, 64, OPERANDS).astype(np.int8)  # weights and activations alike
     return _peak("dot_stream", operands, PRODUCTS * VECTOR, n_threads, rounds)
 
 

@@ -1,9 +1,9 @@
 """Sums of short products into each 4-byte lane: the words that every instruction set spells differently.
 
-    dot_u7(acc, u, a)   acc + sum of 4 u * a                             u in 0..127, a int8
-    dot2_u6(u, a, v, b) sum of 4 u * a + sum of 4 v * b                  u, v in 0..63, a, b int8
-    dot_i8(acc, w, a)   acc + sum of 4 w * a + I8_BIAS * sum of 4 a      w, a int8
-    dot_bf16(w, a, acc) acc + sum of 2 w * a                             w, a bfloat16, acc float32
+    dot_u7(acc, u, a)         acc + sum of 4 u * a                             u in 0..127, a int8
+    dot2_u6(acc, u, a, v, b)  acc + sum of 4 u * a + sum of 4 v * b            u, v in 0..63, a, b int8
+    dot_i8(acc, w, a)         acc + sum of 4 w * a + I8_BIAS * sum of 4 a      w, a int8
+    dot_bf16(w, a, acc)       acc + sum of 2 w * a                             w, a bfloat16, acc float32
 
 AVX-512 VNNI and AVX-VNNI multiply unsigned by signed bytes, so a signed weight goes in with its top bit flipped and
 the caller takes I8_BIAS times the activations' sum off again; elsewhere I8_BIAS is 0. Every product is exact.
@@ -120,13 +120,12 @@ def dot_u7(builder, acc, u, a):
     return dot_u7_value(builder, acc, u, a)
 
 
-@vector_op(i32, bytes_, bytes_, bytes_, bytes_)
-def dot2_u6(builder, u, a, v, b):
-    """The sum of 4 u * a and 4 v * b within each lane; u, v in 0..63"""
-    zero = constant(I32_VECTOR, 0)
+@vector_op(i32, i32, bytes_, bytes_, bytes_, bytes_)
+def dot2_u6(builder, acc, u, a, v, b):
+    """acc + the sum of 4 u * a and 4 v * b within each lane; u, v in 0..63"""
     if PAIR_SUMS:
-        return add_pairs(builder, zero, builder.add(pair_products(builder, u, a), pair_products(builder, v, b)))
-    return dot_u7_value(builder, dot_u7_value(builder, zero, u, a), v, b)
+        return add_pairs(builder, acc, builder.add(pair_products(builder, u, a), pair_products(builder, v, b)))
+    return dot_u7_value(builder, dot_u7_value(builder, acc, u, a), v, b)
 
 
 @vector_op(i32, i32, bytes_, bytes_)

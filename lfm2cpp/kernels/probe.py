@@ -7,7 +7,7 @@ that nothing can be left out.
 from __future__ import annotations
 
 from .compiler import device, kernel
-from .dot import dot_u7
+from .dot import dot2_u6
 from .scalar import store_f32, store_i64
 from .simd import W, fma, load_bytes, load_f32, load_i32, splat_f32, splat_i32, sum_lanes, sum_lanes_i32
 
@@ -37,27 +37,32 @@ def read_stream(source, nbytes, out):
 
 
 @device
-def dot_pair(s, t, u, v, a):
-    return dot_u7(s, u, a), dot_u7(t, v, a)
+def four_dots(s, t, u, v, a, b):
+    """Both weights by both activations, in two sums: by twos, which some CPUs add up in 16 bits."""
+    return dot2_u6(s, u, a, v, b), dot2_u6(t, v, a, u, b)
+
+
+@device
+def step_dots(r, s, t, x, y, z, at):
+    """The products of a step, in six sums."""
+    u, v = load_bytes(at), load_bytes(at + VECTOR)
+    r, x = four_dots(r, x, u, v, load_bytes(at + 2 * VECTOR), load_bytes(at + 3 * VECTOR))
+    s, y = four_dots(s, y, u, v, load_bytes(at + 4 * VECTOR), load_bytes(at + 5 * VECTOR))
+    t, z = four_dots(t, z, u, v, load_bytes(at + 6 * VECTOR), load_bytes(at + 7 * VECTOR))
+    return r, s, t, x, y, z
 
 
 @kernel
 def dot_stream(operands, rounds, out):
-    """PRODUCTS * 4 W products of bytes a round (weights 0..127); the sum, wrapped, goes to `out`."""
-    s0 = s1 = s2 = s3 = s4 = s5 = t0 = t1 = t2 = t3 = t4 = t5 = splat_i32(0)
-    for i in range(rounds * STEPS):
+    """PRODUCTS * 4 W products of bytes a round (weights 0..63); the sum, wrapped, goes to `out`."""
+    r0 = s0 = t0 = x0 = y0 = z0 = r1 = s1 = t1 = x1 = y1 = z1 = splat_i32(0)
+    for i in range(rounds * STEPS // 2):
         # The operands change from step to step, or a compiler could multiply once and add the same product ever again.
-        at = operands + i % STEPS * (8 * VECTOR)
-        u, v = load_bytes(at), load_bytes(at + VECTOR)
-        s0, t0 = dot_pair(s0, t0, u, v, load_bytes(at + 2 * VECTOR))
-        s1, t1 = dot_pair(s1, t1, u, v, load_bytes(at + 3 * VECTOR))
-        s2, t2 = dot_pair(s2, t2, u, v, load_bytes(at + 4 * VECTOR))
-        s3, t3 = dot_pair(s3, t3, u, v, load_bytes(at + 5 * VECTOR))
-        s4, t4 = dot_pair(s4, t4, u, v, load_bytes(at + 6 * VECTOR))
-        s5, t5 = dot_pair(s5, t5, u, v, load_bytes(at + 7 * VECTOR))
-    s = ((s0 + s1) + (s2 + s3)) + (s4 + s5)
-    t = ((t0 + t1) + (t2 + t3)) + (t4 + t5)
-    store_i64(out, sum_lanes_i32(s + t))
+        at = operands + i % (STEPS // 2) * (16 * VECTOR)
+        r0, s0, t0, x0, y0, z0 = step_dots(r0, s0, t0, x0, y0, z0, at)
+        r1, s1, t1, x1, y1, z1 = step_dots(r1, s1, t1, x1, y1, z1, at + 8 * VECTOR)
+    even, odd = (r0 + s0) + (t0 + x0) + (y0 + z0), (r1 + s1) + (t1 + x1) + (y1 + z1)
+    store_i64(out, sum_lanes_i32(even + odd))
 
 
 @device

@@ -13,6 +13,7 @@ from lfm2cpp.kernels.simd import (
     high_nibbles,
     load_bytes,
     low_nibbles,
+    splat_i32,
     store_bytes,
     sum_pieces_small,
 )
@@ -23,7 +24,7 @@ from .columns import interleave_rows
 @device
 def _dot_pair(q, a):
     """The four partial sums of each piece's block."""
-    return dot2_u6(low_nibbles(q), load_bytes(a), high_nibbles(q), load_bytes(a + 4 * W))
+    return dot2_u6(splat_i32(0), low_nibbles(q), load_bytes(a), high_nibbles(q), load_bytes(a + 4 * W))
 
 
 def make_sum_nibbles(block_bytes: int) -> Any:
