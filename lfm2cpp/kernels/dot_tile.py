@@ -51,7 +51,7 @@ class DotTile:
     zero: Any  # (room) -> float tile of zeros, at `room`, 2 VECTOR bytes a token, if it lies in memory
     dot_u4: Any  # (z, panel, a) -> integer tile: z[t] + 32 columns of weights 0..15, int8 activations
     dot_u4_alone: Any  # (panel, a): the same without z
-    dot_i8: Any  # (z, panel, a): the same for signed weights, stored by panel_i8; z is I8_BIAS times the columns' sums
+    dot_i8: Any  # (z, panel, a): the same for signed weights, stored by panel_i8; z: what I8_BIAS added, negative
     dot_u6_half: Any  # (z, panel, a) -> z[t] + 16 columns of weights 0..63
     scale: Any  # (f, sums, scales, d) -> f + sums * (scales * d[t])
     scale_and_add: Any  # (f, sums, scales, d, minima, ds) -> f + sums * (scales * d[t]) + minima * ds[t]
@@ -165,7 +165,9 @@ def make_dot_tile(n_tokens: int) -> DotTile:
     def zeros() -> list[ir.Value]:
         return [ir.Constant(I32_VECTOR, None)] * count
 
-    def starts(builder: ir.IRBuilder, z: ir.Value) -> list[ir.Value]:
+    def starts(builder: ir.IRBuilder, z: ir.Value | None) -> list[ir.Value]:
+        if z is None:
+            return zeros()
         return [lay.token(builder, z, t, I32) for t in range(lay.n_token_vectors)] * lay.n_row_vectors
 
     def operands(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int) -> Iterator[Any]:
@@ -192,26 +194,29 @@ def make_dot_tile(n_tokens: int) -> DotTile:
                 sums = [add_pairs(builder, *two) for two in zip(sums, pairs, strict=True)]
         return sums
 
-    def unsigned_dots(n_columns: int, largest: int) -> Any:
-        @vector_op(ints, int64, int64, int64)
-        def dots(builder, z, panel, a):
-            if not PAIR_SUMS:
-                return pack(builder, sums_of_dots(builder, starts(builder, z), panel, a, n_columns, lay.dot_u7))
-            sums = sums_of_pairs(builder, panel, a, n_columns, largest)
-            return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z), strict=True)])
+    def unsigned_dots(builder, z, panel, a, n_columns, largest):
+        """Weights 0..largest; z may be None."""
+        if not PAIR_SUMS:
+            return pack(builder, sums_of_dots(builder, starts(builder, z), panel, a, n_columns, lay.dot_u7))
+        sums = sums_of_pairs(builder, panel, a, n_columns, largest)
+        return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z), strict=True)])
 
-        return dots
+    @vector_op(ints, int64, int64, int64)
+    def dot_u4(builder, z, panel, a):
+        return unsigned_dots(builder, z, panel, a, 32, 15)
 
     @vector_op(ints, int64, int64)
     def dot_u4_alone(builder, panel, a):
-        if PAIR_SUMS:
-            return pack(builder, sums_of_pairs(builder, panel, a, 32, 15))
-        return pack(builder, sums_of_dots(builder, zeros(), panel, a, 32, lay.dot_u7))
+        return unsigned_dots(builder, None, panel, a, 32, 15)
+
+    @vector_op(ints, int64, int64, int64)
+    def dot_u6_half(builder, z, panel, a):
+        return unsigned_dots(builder, z, panel, a, 16, 63)
 
     @vector_op(ints, int64, int64, int64)
     def dot_i8(builder, z, panel, a):
-        sums = starts(builder, z) if I8_BIAS else zeros()
-        return pack(builder, sums_of_dots(builder, sums, panel, a, 32, lay.dot_i8))
+        first = starts(builder, z if I8_BIAS else None)
+        return pack(builder, sums_of_dots(builder, first, panel, a, 32, lay.dot_i8))
 
     def add_scaled(builder, f, total, scales, d, minima=None, ds=None):
         """f + total(i, r) * (scales * d) + minima * ds; value i is of row vector r.
@@ -260,10 +265,7 @@ def make_dot_tile(n_tokens: int) -> DotTile:
         # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
-    return DotTile(
-        zero, unsigned_dots(32, 15), dot_u4_alone, dot_i8, unsigned_dots(16, 63),
-        scale, scale_and_add, scale_halves, add_to,
-    )  # fmt: skip
+    return DotTile(zero, dot_u4, dot_u4_alone, dot_i8, dot_u6_half, scale, scale_and_add, scale_halves, add_to)
 
 
 assert I32_VECTOR.count == W

@@ -222,7 +222,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             n_tiles, left = n_tiles + 1, 0
         last_tile, last_totals = act + n_tiles * tile_stride(n_groups), totals + n_tiles * TILE_TOKENS * SUMS
         room = last_totals + TILE_TOKENS * SUMS
-        for i in range(0, totals_nbytes(n_tokens), 4 * W):
+        for i in range(0, room - totals, 4 * W):
             store_f32(totals + i, splat_f32(0.0))
         for c in range(min(W, n_blocks)):
             unpack_chains(w, row_bytes, c, c + 1, n_blocks, raw, panel, coming)

@@ -11,9 +11,9 @@ REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
-FLOATS_IN_MEMORY = PAIR_SUMS  # a quantized product's float sums, of which it needs one a block (dot_tile.py)
-# Tokens of the widest tile of a quantized product: the integer sums, and the float sums if they lie there, must fit the
-# registers.
+FLOATS_IN_MEMORY = PAIR_SUMS  # where a quantized product's float sums lie from block to block (dot_tile.py)
+# Tokens of the widest tile of a quantized product: the integer sums must fit the registers, and the float sums unless
+# they lie in memory.
 TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
