@@ -292,18 +292,31 @@ class _OutOfTime(BaseException):
 def _with_deadline(work: Callable[[], T], seconds: float) -> T:
     """`work()` in a thread of its own, which is stopped when it does not end in time."""
     outcome: list[tuple[Any, BaseException | None]] = []
+    begun, over = threading.Event(), threading.Event()
+    deciding = threading.Lock()
 
-    def target() -> None:
+    def target() -> None:  # the one to be stopped: between `begun` and `over`, where _OutOfTime is caught
         try:
-            outcome.append((work(), None))
-        except BaseException as error:  # handed to the caller's thread, whatever it is
-            outcome.append((None, error))
+            begun.set()
+            try:
+                outcome.append((work(), None))
+            except BaseException as error:  # handed to the caller's thread, whatever it is
+                outcome.append((None, error))
+            with deciding:
+                over.set()
+        except _OutOfTime:
+            pass
 
     thread = threading.Thread(target=target, name="lfm2cpp-template", daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTime))
+    begun.wait()
+    with deciding:
+        stopped = not over.is_set()
+        if stopped:
+            ident = ctypes.c_ulong(thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_OutOfTime))
+    if stopped:
         thread.join(1.0)
         raise _OutOfTime
     value, error = outcome[0]
