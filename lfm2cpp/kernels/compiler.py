@@ -33,8 +33,45 @@ F32 = numba.float32  # annotation of a float parameter
 FROM_CALLER = ("work", "ith", "nth")
 
 
+class KernelCode(codegen.CPUCodeLibrary):
+    """The LLVM module of a kernel, or of a helper that is compiled into kernels.
+
+    Numba optimizes each function and makes it executable before a caller takes it in. A helper of ours never runs by
+    itself: only the whole kernel is optimized, and becomes machine code, once.
+    """
+
+    def emit_object(self) -> bytes:
+        """Machine code, relocatable."""
+        return bytes(self._codegen._tm.emit_object(self._optimized()))
+
+    def emit_assembly(self) -> str:
+        return str(self._codegen._tm.emit_assembly(self._optimized()))
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    def _optimized(self) -> Any:
+        super()._optimize_final_module()
+        return self._final_module
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_specific(self) -> None:
+        pass
+
+
 class KernelCodegen(codegen.JITCPUCodegen):
-    """Machine code for level.target()."""
+    """Code for level.target()."""
+
+    _library_class = KernelCode
+
+    def set_env(self, env_name: str, env: Any) -> None:
+        """A kernel has no environment: it uses no Python object."""
+
+    def _add_module(self, module: Any) -> None:
+        pass
 
     def _get_host_cpu_name(self) -> str:
         return level.target().cpu_name
@@ -77,7 +114,9 @@ def device(function: Callable[..., Any]) -> Any:
     by itself either; a kernel that wants a fused operation says fma.
     """
     with _jit_enabled():
-        return numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True)(function)
+        return numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(
+            function
+        )
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
@@ -112,14 +151,14 @@ def compile_kernel(name: str) -> Compiled:
     """Compile "module:function"; returns its object code, its symbol and its parameters."""
     with _numba_for_kernels():
         result = _compile(name)
-        code = bytes(result.library._get_compiled_object())
+        code = result.library.emit_object()
     return Compiled(result.fndesc.mangled_name, kernel_params(_function(name)), code)
 
 
 def assembly(name: str) -> str:
     """The assembly of "module:function", to look at."""
     with _numba_for_kernels():
-        return _compile(name).library.get_asm_str()
+        return _compile(name).library.emit_assembly()
 
 
 def _function(name: str) -> Callable[..., None]:
