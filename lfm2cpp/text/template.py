@@ -9,7 +9,6 @@ escapes them (JSON in ASCII, say), they are known in that form too.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import threading
@@ -23,6 +22,7 @@ from jinja2.exceptions import SecurityError
 
 from lfm2cpp.errors import LFM2Error, ModelFormatError, UsageError
 
+from .deadline import OutOfTime, with_deadline
 from .sandbox import Refusal, TemplateDict, TemplateEnvironment, TemplateNamespace
 from .vocab import VISIBLE_PIECES, Segment, well_formed
 
@@ -105,14 +105,14 @@ class ChatTemplate:
     def _guarded(self, verb: str, work: Callable[[], T]) -> T:
         """`work()` under the deadline, its failures as one-line errors."""
         try:
-            return _with_deadline(work, DEADLINE)
+            return with_deadline(work, DEADLINE)
         except Refusal as error:
             raise UsageError(f"{self._label}: the chat template refuses these messages: {_short(error)}") from None
         except TemplateSyntaxError as error:
             problem = f"is no Jinja: line {error.lineno}: {_short(error)}"
         except SecurityError as error:
             problem = f"was stopped: {_short(error)}"
-        except _OutOfTime:
+        except OutOfTime:
             problem = f"did not {verb} within {DEADLINE:g} s"
         except LFM2Error:
             raise
@@ -283,43 +283,3 @@ def _separate(text: str, pieces: Sequence[str], start: str, end: str) -> Iterabl
         yield match[2], True
     if rest := "".join(plain) + text[at:]:
         yield rest, False
-
-
-class _OutOfTime(BaseException):
-    """Set from outside in a thread that has worked for too long; no template can catch it."""
-
-
-def _with_deadline(work: Callable[[], T], seconds: float) -> T:
-    """`work()` in a thread of its own, which is stopped when it does not end in time."""
-    outcome: list[tuple[Any, BaseException | None]] = []
-    begun, over = threading.Event(), threading.Event()
-    deciding = threading.Lock()
-
-    def target() -> None:  # the one to be stopped: between `begun` and `over`, where _OutOfTime is caught
-        try:
-            begun.set()
-            try:
-                outcome.append((work(), None))
-            except BaseException as error:  # handed to the caller's thread, whatever it is
-                outcome.append((None, error))
-            with deciding:
-                over.set()
-        except _OutOfTime:
-            pass
-
-    thread = threading.Thread(target=target, name="lfm2cpp-template", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    begun.wait()
-    with deciding:
-        stopped = not over.is_set()
-        if stopped:
-            ident = ctypes.c_ulong(thread.ident or 0)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_OutOfTime))
-    if stopped:
-        thread.join(1.0)
-        raise _OutOfTime
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
