@@ -174,6 +174,7 @@ def test_the_vocabulary_at_each_level(cpu: str) -> None:
 
 @only_x86
 @pytest.mark.skipif(not (X86 and imitable("haswell")), reason="this CPU cannot imitate it")
+@pytest.mark.skipif(level.target().level.name == "avx2", reason="the whole suite runs at this level")
 def test_golden_logits_with_avx2() -> None:
     run_tests("haswell", GOLDEN[0], "-k", "further and Q4_0 or decode and Q4_0")
 

@@ -37,7 +37,7 @@ def test_candidates_are_the_references(n: int, chain: dict[str, Any]) -> None:
     banned = rng.integers(0, n, n // 8).tolist()[: n - 1]
     history = rng.integers(0, n, 200).tolist()
     bias = {int(i): float(b) for i, b in zip(rng.integers(0, n, 5), (2.0, -2.0, 0.5, 8.0, -math.inf), strict=True)}
-    free = [i for i in range(n) if i not in banned and bias.get(i) != -math.inf]
+    free = set(range(n)) - set(banned) - {i for i, b in bias.items() if b == -math.inf}
     params = SamplingParams(**{"temp": 1.0, "min_p": 0.0, "repeat_last_n": 50, "seed": 1, **PENALTIES, **chain},
                             logit_bias=bias if free else None)  # fmt: skip
     s = Sampler(params, n_vocab=n, banned_ids=banned)
