@@ -116,12 +116,14 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
     n_blocks, stride = n // 32, widths.activation_nbytes(n)
     n_groups = -(-n_blocks // W)
     qs, d = np.zeros((n_tokens, n), np.int8), np.zeros((n_tokens, n_blocks), np.float32)
-    n_tile = 1 if n_tokens == 1 else widths.TILE_TOKENS
+    streamed = n_tokens <= widths.STREAMED_TOKENS
+    n_tile = 1 if streamed else widths.TILE_TOKENS
     for t in range(n_tokens):
-        tile = act[(t // n_tile * n_tile + (n_tokens > 1)) * stride :]  # the tiles come behind the row for one token
+        # The tiles come behind the rows for few tokens.
+        tile = act[(t // n_tile * n_tile + (0 if streamed else widths.STREAMED_TOKENS)) * stride :]
         for b in range(n_blocks):
             i = np.arange(32)
-            if n_tokens == 1:
+            if streamed:
                 place = b
                 at = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16 + i // 16 * 4 * W + i % 16
             else:
@@ -140,7 +142,7 @@ def table(act: NDArray[np.uint8], n: int, offset: int) -> NDArray[np.int32]:
     return act[n_groups * offset :][: 4 * (n // 32)].view(np.int32)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n_tokens", [1, 3, 5])
 @pytest.mark.parametrize("n", [32, 96, 512, 544, 32 * W + 32])
 def test_quantized_activations(n: int, n_tokens: int) -> None:
     """Integers are the nearest for the scale; the scale is the largest value at 124 to 127 steps; errors are small."""
@@ -325,7 +327,7 @@ def test_extreme_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 @pytest.mark.parametrize(("n_rows", "n"), [(64, 256), (96, 768), (160, 256)])
-@pytest.mark.parametrize("n_tokens", [1, 2, 9])
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 9])
 @pytest.mark.parametrize("nth", [1, 3])
 def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, nth: int) -> None:
     """hidden = silu(gate x) * (up x), to the bit what the products and the row op give one after the other."""
@@ -402,7 +404,7 @@ def test_float_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens:
     hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
     run(hidden, 0)
     assert same_bits(np.ascontiguousarray(hidden), expected)
-    if n_tokens > 1:
+    if n_tokens > widths.STREAMED_TOKENS:
         n_tile = widths.FLOAT_TILE_TOKENS
         tiles = guarded(np.full((-(-n_tokens // n_tile), W, n_rows // W, n_tile), np.nan, np.float32))
         hidden[:] = 7

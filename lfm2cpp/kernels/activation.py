@@ -3,8 +3,9 @@
 A row of n elements is cut into blocks of 32 and groups of W blocks, the last group padded with zeros. Two layouts, both
 of ACT_GROUP bytes a group and token, one behind the other, so that the first one's padding stays zero:
 
-    one token (decode): block b of a group is piece b // 4 of vector pair b % 4, its first 16 elements in the pair's low
-    vector, the others in the high one. After `sum_pieces` of the four pairs, lane b holds block b's sum, in order.
+    up to STREAMED_TOKENS tokens (decode): row after row. Block b of a group is piece b // 4 of vector pair b % 4, its
+    first 16 elements in the pair's low vector, the others in the high one. After `sum_pieces` of the four pairs, lane b
+    holds block b's sum, in order.
 
     more tokens (prefill): tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
     through memory with one address. Blocks in the order in which they are added up, chain by chain: those with the same
@@ -48,7 +49,19 @@ from .simd import (
     store_i8,
     sum_lanes_i32,
 )
-from .widths import ACT_D, ACT_DS, ACT_GROUP, ACT_Z8, ACT_Z32_HIGH, ACT_Z32_LOW, ACT_Z128, LINE, PAIRS, TILE_TOKENS
+from .widths import (
+    ACT_D,
+    ACT_DS,
+    ACT_GROUP,
+    ACT_Z8,
+    ACT_Z32_HIGH,
+    ACT_Z32_LOW,
+    ACT_Z128,
+    LINE,
+    PAIRS,
+    STREAMED_TOKENS,
+    TILE_TOKENS,
+)
 
 QK = 32
 CANDIDATES = 4  # numbers of levels that are tried, from 127 down
@@ -71,9 +84,15 @@ def chain_index(b, n_groups):
 
 
 @device
+def streamed_row(act, n_groups, t):
+    """Decode layout: the row of token t."""
+    return act + t * (n_groups * ACT_GROUP)
+
+
+@device
 def first_tile(act, n_groups):
-    """Prefill layout: where its tiles begin, behind the row for one token."""
-    return act + n_groups * ACT_GROUP
+    """Prefill layout: where its tiles begin, behind the rows of the other one."""
+    return streamed_row(act, n_groups, STREAMED_TOKENS)
 
 
 @device
@@ -113,7 +132,7 @@ def scale_of(x, amax):
 
 
 @device
-def find_scale(x, act, n_groups, t, b, one_token):
+def find_scale(x, act, n_groups, t, b, streamed):
     """First half of quantizing the 32 float32 at x as block b of token t of the rows at `act`: d; 1 / d in ds' place.
 
     Each half waits long for a few numbers. A loop of its own over many blocks lets them wait together.
@@ -122,16 +141,16 @@ def find_scale(x, act, n_groups, t, b, one_token):
     for i in range(W, QK, W):
         peak = maximum(absolute(load_f32(x + 4 * i)), peak)
     d, inverse = scale_of(x, max_lanes(peak))
-    entry, table = first_entry(act, n_groups, t, b, one_token)
+    entry, table = first_entry(act, n_groups, t, b, streamed)
     store_scalar(entry + table * ACT_D, d)
     store_scalar(entry + table * ACT_DS, inverse)
 
 
 @device
-def first_entry(act, n_groups, t, b, one_token):
+def first_entry(act, n_groups, t, b, streamed):
     """Where the entry of block b of token t would be if its table stood first, and the factor of a table's offset."""
-    if one_token:
-        return act + 4 * b, n_groups
+    if streamed:
+        return streamed_row(act, n_groups, t) + 4 * b, n_groups
     return tile_of(act, n_groups, t) + 4 * place_in_tile(n_groups, t, b), n_groups * TILE_TOKENS
 
 
@@ -148,11 +167,11 @@ def place_in_tile(n_groups, t, b):
 
 
 @device
-def write_block(x, act, n_groups, t, b, one_token):
+def write_block(x, act, n_groups, t, b, streamed):
     """The other half: the integers and the tables."""
-    entry, table = first_entry(act, n_groups, t, b, one_token)
-    if one_token:
-        low_qs = act + decode_offset(b)
+    entry, table = first_entry(act, n_groups, t, b, streamed)
+    if streamed:
+        low_qs = streamed_row(act, n_groups, t) + decode_offset(b)
         high_qs = low_qs + 4 * W
         gap = 0
     else:
@@ -187,12 +206,12 @@ def ask_for_block(act, n_groups, t, b):
 
 
 @device
-def quantize_blocks(x, first, last, act, n_groups, t, one_token):
+def quantize_blocks(x, first, last, act, n_groups, t, streamed):
     """Blocks first .. last - 1 of token t from the float32 at x, the first block's first."""
     for b in range(first, last):
-        find_scale(x + 4 * QK * (b - first), act, n_groups, t, b, one_token)
+        find_scale(x + 4 * QK * (b - first), act, n_groups, t, b, streamed)
     for b in range(first, last):
-        write_block(x + 4 * QK * (b - first), act, n_groups, t, b, one_token)
+        write_block(x + 4 * QK * (b - first), act, n_groups, t, b, streamed)
 
 
 @device

@@ -24,6 +24,7 @@ from .ops import share_of
 from .scalar import atomic_add, load_i32, load_i64, store_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
+from .shares import is_streamed
 from .simd import (
     W,
     keep_first,
@@ -113,10 +114,10 @@ def finish_head(state, n_embd_head, out):
 
 
 @device
-def quantize_head(out, act, n_groups, t, head, n_embd_head, one_token):
+def quantize_head(out, act, n_groups, t, head, n_embd_head, streamed):
     """The blocks of one head; heads are whole blocks where `act` is given."""
     blocks = n_embd_head // QK
-    quantize_blocks(out, head * blocks, (head + 1) * blocks, act, n_groups, t, one_token)
+    quantize_blocks(out, head * blocks, (head + 1) * blocks, act, n_groups, t, streamed)
 
 
 @device
@@ -256,7 +257,7 @@ def make_attention(kv: KVType) -> Any:
 
     @device
     def token_group(run, begin, count, head, q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale,
-                    positions, out, act, s):  # fmt: skip
+                    positions, out, act, streamed, s):  # fmt: skip
         """Tokens begin .. begin + count - 1 of a run, one query head: all their chunks, then the finished rows."""
         head_kv = head // (n_head // n_head_kv)
         k_bytes, v_bytes = column_bytes * n_embd_head, column_bytes * n_padded
@@ -288,7 +289,7 @@ def make_attention(kv: KVType) -> Any:
             at = out + (begin + i) * stride + 4 * head * n_embd_head
             finish_head(states + i * row, n_embd_head, at)
             if act:
-                quantize_head(at, act, n_groups, begin + i, head, n_embd_head, False)
+                quantize_head(at, act, n_groups, begin + i, head, n_embd_head, streamed)
 
     def attention(q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale: F32, parts, out, act, batch,
                   scratch, scratch_bytes, work, ith, nth):  # fmt: skip
@@ -311,7 +312,7 @@ def make_attention(kv: KVType) -> Any:
                 )
                 unit = atomic_add(work, 1)
             return
-        positions = load_i64(batch + 8 * POSITIONS)
+        positions, streamed = load_i64(batch + 8 * POSITIONS), is_streamed(load_i64(batch + 8 * N_TOKENS))
         unit = atomic_add(work, 1)
         passed = 0
         for r in range(load_i64(batch + 8 * N_RUNS)):
@@ -323,7 +324,7 @@ def make_attention(kv: KVType) -> Any:
                 first = group * QUERY_GROUP
                 token_group(
                     run, begin + first, min(QUERY_GROUP, n_tokens - first), head, q, n_head, n_head_kv, n_embd_head,
-                    n_padded, k_offset, v_offset, scale, positions, out, act, s,
+                    n_padded, k_offset, v_offset, scale, positions, out, act, streamed, s,
                 )
                 unit = atomic_add(work, 1)
             passed += n_units
@@ -355,7 +356,7 @@ def merge_parts(parts, n_head, n_head_kv, n_embd_head, n_padded, out, act, batch
         at = out + 4 * unit * n_embd_head
         finish_head(state, n_embd_head, at)
         if act:
-            quantize_head(at, act, n_groups, t, head, n_embd_head, n_tokens == 1)
+            quantize_head(at, act, n_groups, t, head, n_embd_head, is_streamed(n_tokens))
 
 
 attention_f16 = make_attention(kv.F16)

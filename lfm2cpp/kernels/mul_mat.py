@@ -1,8 +1,9 @@
 """out[t] = W x[t]: a weight matrix from the mapped file by the activations of a batch.
 
-One token streams every row once (decode: the limit is the memory). More tokens unpack a panel of 2 W rows into
-per-thread scratch and use it for every token (prefill: the limit is the multiplier). Both add up in the same order, so
-a token's result is bit for bit the same whichever way it was computed and whatever else was in the batch:
+One token streams every row once (decode: the limit is the memory), and so do a few: each goes over the rows in hand
+while those are in the first-level cache. More tokens unpack a panel of 2 W rows into per-thread scratch and use it for
+every token (prefill: the limit is the multiplier). Both add up in the same order, so a token's result is bit for bit
+the same whichever way it was computed and whatever else was in the batch:
 
     lane c sums the blocks b with b % W == c, in order, by fused multiply-adds; then the lanes are added in order.
 
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from .activation import first_tile, n_groups_of, tile_stride
+from .activation import first_tile, n_groups_of, streamed_row, tile_stride
 from .compiler import device, kernel
 from .dot_tile import BLOCK, ENTRY, make_dot_tile
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import distance, next_unit, rows_of_unit, take_rows
+from .shares import distance, is_streamed, next_unit, rows_of_unit, take_rows
 from .simd import (
     W,
     load_f32,
@@ -319,13 +320,16 @@ def make_mul_mat(weights: ModuleType) -> Any:
         mine = scratch + ith * scratch_bytes
         if n_tokens == 0:
             return
-        if n_tokens == 1:
+        if is_streamed(n_tokens):
             unit = rows_of_unit(row_bytes)
             row, last = take_rows(work, n_rows, nth, unit)
             while row < last:
                 end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
                 far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
-                decode_rows(w, row_bytes, n_rows, n, act, out, add, row, end, far, mine)
+                for t in range(n_tokens):
+                    x, below = streamed_row(act, n_groups_of(n), t), 4 * t * n_rows
+                    base = add + below if add else 0
+                    decode_rows(w, row_bytes, n_rows, n, x, out + below, base, row, end, far, mine)
                 row, last = following, following_last
             return
         act = first_tile(act, n_groups_of(n))

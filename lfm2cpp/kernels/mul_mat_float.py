@@ -19,7 +19,7 @@ from .ops import segment_of, share_of
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import FAR, distance, make_prefetches, next_unit, rows_of_unit, take_rows
+from .shares import FAR, distance, is_streamed, make_prefetches, next_unit, rows_of_unit, take_rows
 from .simd import W, load_f32, make_prefetch_lines, splat_f32, store_bf16, store_f32
 from .tile import make_tile
 from .weights import floats
@@ -56,12 +56,12 @@ def chain_stride(runs):
 
 @kernel
 def chain_rows(x, n, chained, count, ith, nth):
-    """Copy float32 rows for prefill, chain by chain, the tokens of a tile side by side:
+    """Copy float32 rows for prefill, if they are not streamed, chain by chain, the tokens of a tile side by side:
 
     chained[t // FLOAT_TILE_TOKENS, lane, m, t % FLOAT_TILE_TOKENS] = x[t, m W + lane], zero from n on
     """
     n_tokens, runs = load_i64(count), runs_of(n)
-    if n_tokens == 1:
+    if is_streamed(n_tokens):
         return
     begin, end = share_of((n_tokens + FLOAT_TILE_TOKENS - 1) // FLOAT_TILE_TOKENS, ith, nth)
     for tile in range(begin, end):
@@ -275,17 +275,19 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         mine = scratch + ith * scratch_bytes
         if n_tokens == 0:
             return
-        if n_tokens == 1:
+        ld = 4 * n_rows
+        if is_streamed(n_tokens):
             row_bytes = n * size
             unit = rows_of_unit(row_bytes)
             row, last = take_rows(work, n_rows, nth, unit)
             while row < last:
                 end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
                 far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
-                decode_rows(w, n_rows, n, x, out, add, row, end, far, mine)
+                for t in range(n_tokens):
+                    base = add + t * ld if add else 0
+                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, base, row, end, far, mine)
                 row, last = following, following_last
             return
-        ld = 4 * n_rows
         row = atomic_add(work, 1) * (2 * W)
         while row < n_rows:
             if row + 2 * W <= n_rows:

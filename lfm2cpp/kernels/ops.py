@@ -15,6 +15,7 @@ from .math import silu
 from .scalar import load_f32 as load_scalar
 from .scalar import load_i32, load_i64
 from .scalar import store_f32 as store_scalar
+from .shares import is_streamed
 from .simd import W, fma, load_f32, max_lanes, splat_f32, store_f32, sum_lanes
 
 SEGMENT = 32  # elements: a block
@@ -35,9 +36,9 @@ def share_of(n, ith, nth):
 
 
 @device
-def quantize_part(x, act, n_groups, t, first, last, one_token):
+def quantize_part(x, act, n_groups, t, first, last, streamed):
     """Elements first .. last - 1 of token t, whose row is at x."""
-    quantize_blocks(x + 4 * first, first // QK, (last + QK - 1) // QK, act, n_groups, t, one_token)
+    quantize_blocks(x + 4 * first, first // QK, (last + QK - 1) // QK, act, n_groups, t, streamed)
 
 
 @kernel
@@ -50,7 +51,7 @@ def quantize_rows(x, n, act, count, ith, nth):
         return
     begin, end = share_of(n_tokens, ith, nth)
     for t in range(begin, end):
-        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, False)
+        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, is_streamed(n_tokens))
 
 
 @device
@@ -92,7 +93,7 @@ def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
         below = out + 4 * n * t
         scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
         if act:
-            quantize_part(below, act, n_groups, t, first, last, n_tokens == 1)
+            quantize_part(below, act, n_groups, t, first, last, is_streamed(n_tokens))
 
 
 @device
@@ -115,7 +116,7 @@ def swiglu(gate, up, n, out, act, count, ith, nth):
         row = 4 * n * t
         swiglu_part(gate + row, up + row, out + row, first, last)
         if act:
-            quantize_part(out + row, act, n_groups, t, first, last, n_tokens == 1)
+            quantize_part(out + row, act, n_groups, t, first, last, is_streamed(n_tokens))
 
 
 @kernel

@@ -12,7 +12,7 @@ from typing import Any
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import make_prefetch_lines
-from .widths import ASKED_NEAR, ASKED_ONCE, LINE, W
+from .widths import ASKED_NEAR, ASKED_ONCE, LINE, STREAMED_TOKENS, W
 
 SHARES_A_THREAD = 2
 # A byte is asked for FAR bytes before its use. Where it is asked for twice, then again NEAR bytes before, when few may
@@ -36,6 +36,12 @@ def take_rows(work, n_rows, nth, unit):
         step = max(unit, left // (SHARES_A_THREAD * nth) // unit * unit)
         if compare_and_swap(work, first, first + step):
             return first, min(first + step, n_rows)
+
+
+@device
+def is_streamed(n_tokens):
+    """Whether so few tokens take the rows as they stream by, each in turn; for more, panels are unpacked."""
+    return n_tokens <= STREAMED_TOKENS
 
 
 @device

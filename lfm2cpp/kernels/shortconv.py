@@ -14,6 +14,7 @@ from .ops import quantize_part, segment_of
 from .scalar import load_f32 as load_scalar
 from .scalar import load_i64
 from .scalar import store_f32 as store_scalar
+from .shares import is_streamed
 from .simd import W, load_f32, store_f32
 from .widths import PAGE_TOKENS
 
@@ -85,7 +86,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
     """
     d_conv, n_groups = l_cache - 1, n_groups_of(n)
     first, last = segment_of(n, ith, nth)
-    one_token = load_i64(batch + 8 * N_TOKENS) == 1
+    streamed = is_streamed(load_i64(batch + 8 * N_TOKENS))
     for r in range(load_i64(batch + 8 * N_RUNS)):
         run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
         begin, n_tokens = load_i64(run + 8 * RUN_FIRST), load_i64(run + 8 * RUN_TOKENS)
@@ -99,7 +100,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
                 bx + row if bx else 0, conv + row, out + row,
             )  # fmt: skip
             if act:
-                quantize_part(out + row, act, n_groups, begin + t, first, last, one_token)
+                quantize_part(out + row, act, n_groups, begin + t, first, last, streamed)
             if (past + t + 1) % PAGE_TOKENS == 0:
                 page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
                 save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)

@@ -16,6 +16,7 @@ from .activation import (
     first_tile,
     n_groups_of,
     quantize_blocks,
+    streamed_row,
     tile_stride,
     write_block,
 )
@@ -34,24 +35,25 @@ from .ops import swiglu_part
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import distance, next_unit, take_rows
+from .shares import distance, is_streamed, next_unit, take_rows
 from .simd import W
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import TILE_TOKENS
+from .widths import STREAMED_TOKENS, TILE_TOKENS
 
 ROWS = 2 * W  # rows of a unit
-ROWS_AT_ONCE = 8 * ROWS  # of one token, that are finished together: what waits long for a few numbers waits together
+ROWS_AT_ONCE = 8 * ROWS  # of a streamed token, finished together: what waits long for a few numbers waits together
+SUMS_AT_ONCE = 4 * ROWS_AT_ONCE  # bytes
 
 
 @device
-def finish_token(gate, up, hidden, act, row, last, n_rows):
-    """hidden = silu(gate) * up for rows row .. last - 1 of one token; then their blocks of `act`."""
+def finish_token(gate, up, hidden, act, t, row, last, n_rows):
+    """hidden = silu(gate) * up for rows row .. last - 1 of token t; then their blocks of `act`."""
     swiglu_part(gate, up, gate, 0, last - row)
     if act:
-        quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), 0, True)
+        quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), t, True)
     if hidden:
         for i in range(0, 4 * (last - row), 4):
-            store_scalar(hidden + 4 * row + i, load_scalar(gate + i))
+            store_scalar(hidden + 4 * (t * n_rows + row) + i, load_scalar(gate + i))
 
 
 @device
@@ -72,22 +74,28 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
     decode_rows = make_decode(weights)
 
     @device
-    def decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, scratch):
-        """The rows that this thread takes, by one token."""
+    def decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, scratch):
+        """The rows that this thread takes, by up to STREAMED_TOKENS tokens."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
-        up_sums = gate_sums + 4 * ROWS_AT_ONCE
-        nbytes = ROWS * row_bytes
+        up_sums = gate_sums + STREAMED_TOKENS * SUMS_AT_ONCE
+        nbytes, n_groups = ROWS * row_bytes, n_groups_of(n)
         first, last = take_rows(work, n_rows, nth, ROWS)
         row = first  # the sums from `first` on are not finished
         while row < last:
             end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
             gate_rows, up_rows, at = gate + row * row_bytes, up + row * row_bytes, 4 * (row - first)
             far = distance(gate_rows, nbytes, up_rows)
-            decode_rows(gate_rows, row_bytes, end - row, n, act, gate_sums + at, 0, 0, end - row, far, scratch)
+            for t in range(n_tokens):
+                x, sums = streamed_row(act, n_groups, t), gate_sums + t * SUMS_AT_ONCE + at
+                decode_rows(gate_rows, row_bytes, end - row, n, x, sums, 0, 0, end - row, far, scratch)
             far = distance(up_rows, nbytes, gate + following * row_bytes)
-            decode_rows(up_rows, row_bytes, end - row, n, act, up_sums + at, 0, 0, end - row, far, scratch)
+            for t in range(n_tokens):
+                x, sums = streamed_row(act, n_groups, t), up_sums + t * SUMS_AT_ONCE + at
+                decode_rows(up_rows, row_bytes, end - row, n, x, sums, 0, 0, end - row, far, scratch)
             if end == last or end - first == ROWS_AT_ONCE:
-                finish_token(gate_sums, up_sums, hidden, hidden_act, first, end, n_rows)
+                for t in range(n_tokens):
+                    held = t * SUMS_AT_ONCE
+                    finish_token(gate_sums + held, up_sums + held, hidden, hidden_act, t, first, end, n_rows)
                 first = following
             row, last = following, following_last
 
@@ -138,8 +146,8 @@ def make_swiglu(weights: ModuleType) -> Any:
         hidden_act only where ROWS is a whole block.
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
-        if n_tokens == 1:
-            decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, mine)
+        if is_streamed(n_tokens):
+            decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, mine)
             return
         act = first_tile(act, n_groups_of(n))
         row = atomic_add(work, 1) * ROWS

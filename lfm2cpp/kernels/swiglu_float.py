@@ -21,7 +21,7 @@ from .mul_mat_float import (
 )
 from .ops import swiglu_part
 from .scalar import load_i64
-from .shares import distance, next_unit, rows_of_unit, take_rows
+from .shares import distance, is_streamed, next_unit, rows_of_unit, take_rows
 from .simd import W, make_transpose_rows, prefetch_write
 from .weights import floats
 from .widths import FLOAT_TILE_TOKENS, LINE
@@ -76,7 +76,7 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
 
     @device
     def decode_swiglu(gate, up, n_rows, n, x, hidden, row, end, coming, scratch):
-        """Rows row .. end - 1 by one token; those from `coming` on will be next."""
+        """Rows row .. end - 1 by a token of up to STREAMED_TOKENS; those from `coming` on will be next."""
         row_bytes = n * size
         sums = scratch + TAIL_BYTES + 8 * W * W
         up_sums = sums + 4 * (end - row)
@@ -90,18 +90,20 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
     def swiglu(gate, up, n_rows, n, x, chained, hidden, hidden_chained, count, scratch, scratch_bytes, work, ith, nth):
         """hidden[t] = silu(gate x[t]) * (up x[t]); gate, up: (n_rows, n), n_rows a multiple of ROWS.
 
-        x: (n_tokens, n) float32, chained: by chain_rows. The result of several tokens goes to hidden_chained, as
-        chain_rows would write it, if that is not 0, else to hidden, (n_tokens, n_rows).
+        x: (n_tokens, n) float32, chained: by chain_rows. The result of tokens that are not streamed goes to
+        hidden_chained, as chain_rows would write it, if that is not 0, else to hidden, (n_tokens, n_rows).
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 0:
             return
-        unit = rows_of_unit(n * size) if n_tokens == 1 else ROWS
+        unit = rows_of_unit(n * size) if is_streamed(n_tokens) else ROWS
         row, last = take_rows(work, n_rows, nth, unit)
         while row < last:
             end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
-            if n_tokens == 1:
-                decode_swiglu(gate, up, n_rows, n, x, hidden, row, end, following, mine)
+            if is_streamed(n_tokens):
+                for t in range(n_tokens):
+                    below = hidden + 4 * t * n_rows
+                    decode_swiglu(gate, up, n_rows, n, x + 4 * t * n, below, row, end, following, mine)
             else:
                 prefill_swiglu(gate, up, n_rows, n, chained, hidden, hidden_chained, row, following, n_tokens, mine)
             row, last = following, following_last

@@ -18,6 +18,8 @@ TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 2
+# Tokens up to which a product streams its rows from the file, each token in turn; more need a panel.
+STREAMED_TOKENS = 3
 FLOAT_TILE_TOKENS = 6  # of the tile of a float product: one sum a value
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
