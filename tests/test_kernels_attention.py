@@ -236,7 +236,7 @@ def test_scores_far_apart(split: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("runs", [[(70, 1)], [(70, 5)], [(10, 40)]])
+@pytest.mark.parametrize("runs", [[(70, 1)], [(70, 1), (3, 1)], [(70, 5)], [(10, 40)]])
 @pytest.mark.parametrize("split", [False, True])
 def test_heads_of_whole_blocks_are_quantized_along(runs: list[tuple[int, int]], split: bool) -> None:
     if not split and runs == [(70, 1)]:

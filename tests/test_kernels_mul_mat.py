@@ -199,7 +199,7 @@ def test_what_follows_from_the_sums() -> None:
     assert np.array_equal(table(act, n, widths.ACT_DS).view(np.float32), d[0] * total.astype(np.float32))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize("n_tokens", [1, 3, 4])
 def test_threads_quantize_alike(n_tokens: int) -> None:
     x = normal(n_tokens, 544)
     assert same_bits(quantized(x, nth=3), quantized(x))

@@ -58,7 +58,7 @@ def test_rms_norm_of_wanted_rows() -> None:
     assert same_bits(out.copy(), everything[wanted])
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n_tokens", [1, 3, 5])
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_row_op_quantizes_what_it_writes(n_tokens: int, nth: int) -> None:
     n = 544
@@ -261,7 +261,7 @@ def test_shortconv_in_pieces(n: int) -> None:
     assert same_bits(state, at_once.state(0).copy())
 
 
-@pytest.mark.parametrize("runs", [[(3, 1)], [(3, 4), (60, 7)]])
+@pytest.mark.parametrize("runs", [[(3, 1)], [(3, 1), (60, 1)], [(3, 4), (60, 7)]])
 @pytest.mark.parametrize("nth", [1, 2])
 def test_shortconv_quantizes_its_rows(runs: list[tuple[int, int]], nth: int) -> None:
     conv = Conv(96, 3, runs)
