@@ -86,25 +86,28 @@ def make_row_sums(weights: ModuleType) -> Any:
 
 
 def make_decode(weights: ModuleType) -> Any:
-    """Rows by one token, for a block type. `scratch` is this thread's: an incomplete group, sums, their transpose.
+    """Rows by each of a few tokens in turn, for a block type; out and add (or 0) take `stride` bytes a token.
 
-    `far` is how many bytes ahead rows are asked for.
+    `far` is how many bytes ahead rows are asked for. `scratch` is this thread's: an incomplete group, sums, their
+    transpose.
     """
     sum_row = make_row_sums(weights)
 
     @device
-    def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, far, scratch):
+    def decode_rows(w, row_bytes, n_rows, n, act, n_tokens, out, add, stride, first, last, far, scratch):
         keep_apart()
         lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
         if n % (32 * W):
             for i in range(0, TAIL_BYTES, 4 * W):
                 store_f32(scratch + i, splat_f32(0.0))
-        for row in range(first, last, W):
-            for r in range(W):
-                address = w + min(row + r, n_rows - 1) * row_bytes
-                store_f32(lanes + r * 4 * W, sum_row(address, row_bytes, far, act, n, scratch))
-            store_rows(lanes, columns, out, add, row, n_rows)
+        for t in range(n_tokens):
+            x, result, base = streamed_row(act, n_groups_of(n), t), out + t * stride, add + t * stride if add else 0
+            for row in range(first, last, W):
+                for r in range(W):
+                    address = w + min(row + r, n_rows - 1) * row_bytes
+                    store_f32(lanes + r * 4 * W, sum_row(address, row_bytes, far, x, n, scratch))
+                store_rows(lanes, columns, result, base, row, n_rows)
 
     return decode_rows
 
@@ -326,10 +329,7 @@ def make_mul_mat(weights: ModuleType) -> Any:
             while row < last:
                 end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
                 far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
-                for t in range(n_tokens):
-                    x, below = streamed_row(act, n_groups_of(n), t), 4 * t * n_rows
-                    base = add + below if add else 0
-                    decode_rows(w, row_bytes, n_rows, n, x, out + below, base, row, end, far, mine)
+                decode_rows(w, row_bytes, n_rows, n, act, n_tokens, out, add, 4 * n_rows, row, end, far, mine)
                 row, last = following, following_last
             return
         act = first_tile(act, n_groups_of(n))

@@ -144,25 +144,30 @@ def make_row_sums(weights: floats.FloatWeights) -> Any:
 
 
 def make_decode(weights: floats.FloatWeights) -> Any:
-    """Rows by one token; `far` is how many bytes ahead they are asked for."""
+    """Rows by each of a few tokens in turn; out and add (or 0) take `stride` bytes a token.
+
+    `far` is how many bytes ahead rows are asked for.
+    """
     (sum_row, sum_two_rows), size = make_row_sums(weights), weights.size
 
     @device
-    def decode_rows(w, n_rows, n, x, out, add, first, last, far, scratch):
+    def decode_rows(w, n_rows, n, x, n_tokens, out, add, stride, first, last, far, scratch):
         keep_apart()
         lanes = scratch + TAIL_BYTES
         columns = lanes + 4 * W * W
-        for row in range(first, last, W):
-            for r in range(0, W, ROWS_AT_ONCE):
-                address, sums = w + min(row + r, n_rows - 1) * n * size, lanes + r * 4 * W
-                if ROWS_AT_ONCE == 1:
-                    store_f32(sums, sum_row(address, far, x, n, scratch))
-                else:
-                    other = w + min(row + r + 1, n_rows - 1) * n * size
-                    total, other_total = sum_two_rows(address, other, far, x, n, scratch)
-                    store_f32(sums, total)
-                    store_f32(sums + 4 * W, other_total)
-            store_rows(lanes, columns, out, add, row, n_rows)
+        for t in range(n_tokens):
+            mine, result, base = x + 4 * t * n, out + t * stride, add + t * stride if add else 0
+            for row in range(first, last, W):
+                for r in range(0, W, ROWS_AT_ONCE):
+                    address, sums = w + min(row + r, n_rows - 1) * n * size, lanes + r * 4 * W
+                    if ROWS_AT_ONCE == 1:
+                        store_f32(sums, sum_row(address, far, mine, n, scratch))
+                    else:
+                        other = w + min(row + r + 1, n_rows - 1) * n * size
+                        total, other_total = sum_two_rows(address, other, far, mine, n, scratch)
+                        store_f32(sums, total)
+                        store_f32(sums + 4 * W, other_total)
+                store_rows(lanes, columns, result, base, row, n_rows)
 
     return decode_rows
 
@@ -283,9 +288,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
             while row < last:
                 end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
                 far = distance(row * row_bytes, unit * row_bytes, following * row_bytes)
-                for t in range(n_tokens):
-                    base = add + t * ld if add else 0
-                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, base, row, end, far, mine)
+                decode_rows(w, n_rows, n, x, n_tokens, out, add, ld, row, end, far, mine)
                 row, last = following, following_last
             return
         row = atomic_add(work, 1) * (2 * W)
@@ -293,9 +296,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
             if row + 2 * W <= n_rows:
                 prefill_panel(w, n_rows, n, chained, out, add, row, n_tokens, nth, mine)
             else:
-                for t in range(n_tokens):
-                    below = add + t * ld if add else 0
-                    decode_rows(w, n_rows, n, x + 4 * t * n, out + t * ld, below, row, n_rows, FAR, mine)
+                decode_rows(w, n_rows, n, x, n_tokens, out, add, ld, row, n_rows, FAR, mine)
             row = atomic_add(work, 1) * (2 * W)
 
     return kernel(mul_mat)

@@ -16,7 +16,6 @@ from .activation import (
     first_tile,
     n_groups_of,
     quantize_blocks,
-    streamed_row,
     tile_stride,
     write_block,
 )
@@ -78,20 +77,18 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
         """The rows that this thread takes, by up to STREAMED_TOKENS tokens."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
         up_sums = gate_sums + STREAMED_TOKENS * SUMS_AT_ONCE
-        nbytes, n_groups = ROWS * row_bytes, n_groups_of(n)
+        nbytes = ROWS * row_bytes
         first, last = take_rows(work, n_rows, nth, ROWS)
         row = first  # the sums from `first` on are not finished
         while row < last:
             end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
             gate_rows, up_rows, at = gate + row * row_bytes, up + row * row_bytes, 4 * (row - first)
             far = distance(gate_rows, nbytes, up_rows)
-            for t in range(n_tokens):
-                x, sums = streamed_row(act, n_groups, t), gate_sums + t * SUMS_AT_ONCE + at
-                decode_rows(gate_rows, row_bytes, end - row, n, x, sums, 0, 0, end - row, far, scratch)
+            n_now, sums = end - row, gate_sums + at
+            decode_rows(gate_rows, row_bytes, n_now, n, act, n_tokens, sums, 0, SUMS_AT_ONCE, 0, n_now, far, scratch)
             far = distance(up_rows, nbytes, gate + following * row_bytes)
-            for t in range(n_tokens):
-                x, sums = streamed_row(act, n_groups, t), up_sums + t * SUMS_AT_ONCE + at
-                decode_rows(up_rows, row_bytes, end - row, n, x, sums, 0, 0, end - row, far, scratch)
+            sums = up_sums + at
+            decode_rows(up_rows, row_bytes, n_now, n, act, n_tokens, sums, 0, SUMS_AT_ONCE, 0, n_now, far, scratch)
             if end == last or end - first == ROWS_AT_ONCE:
                 for t in range(n_tokens):
                     held = t * SUMS_AT_ONCE

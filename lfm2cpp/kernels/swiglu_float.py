@@ -75,17 +75,20 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
     prefill_swiglu, decode_rows, size = make_prefill_swiglu(weights), make_decode(weights), weights.size
 
     @device
-    def decode_swiglu(gate, up, n_rows, n, x, hidden, row, end, coming, scratch):
-        """Rows row .. end - 1 by a token of up to STREAMED_TOKENS; those from `coming` on will be next."""
+    def decode_swiglu(gate, up, n_rows, n, x, n_tokens, hidden, row, end, coming, scratch):
+        """Rows row .. end - 1 by up to STREAMED_TOKENS tokens; those from `coming` on will be next."""
         row_bytes = n * size
         sums = scratch + TAIL_BYTES + 8 * W * W
-        up_sums = sums + 4 * (end - row)
-        nbytes, gate_rows, up_rows = (end - row) * row_bytes, gate + row * row_bytes, up + row * row_bytes
+        n_now, stride = end - row, 4 * (end - row)
+        up_sums = sums + n_tokens * stride
+        nbytes, gate_rows, up_rows = n_now * row_bytes, gate + row * row_bytes, up + row * row_bytes
         far = distance(gate_rows, nbytes, up_rows)
-        decode_rows(gate_rows, end - row, n, x, sums, 0, 0, end - row, far, scratch)
+        decode_rows(gate_rows, n_now, n, x, n_tokens, sums, 0, stride, 0, n_now, far, scratch)
         far = distance(up_rows, nbytes, gate + coming * row_bytes)
-        decode_rows(up_rows, end - row, n, x, up_sums, 0, 0, end - row, far, scratch)
-        swiglu_part(sums, up_sums, hidden + 4 * row, 0, end - row)
+        decode_rows(up_rows, n_now, n, x, n_tokens, up_sums, 0, stride, 0, n_now, far, scratch)
+        for t in range(n_tokens):
+            held = t * stride
+            swiglu_part(sums + held, up_sums + held, hidden + 4 * (t * n_rows + row), 0, n_now)
 
     def swiglu(gate, up, n_rows, n, x, chained, hidden, hidden_chained, count, scratch, scratch_bytes, work, ith, nth):
         """hidden[t] = silu(gate x[t]) * (up x[t]); gate, up: (n_rows, n), n_rows a multiple of ROWS.
@@ -101,9 +104,7 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
         while row < last:
             end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
             if is_streamed(n_tokens):
-                for t in range(n_tokens):
-                    below = hidden + 4 * t * n_rows
-                    decode_swiglu(gate, up, n_rows, n, x + 4 * t * n, below, row, end, following, mine)
+                decode_swiglu(gate, up, n_rows, n, x, n_tokens, hidden, row, end, following, mine)
             else:
                 prefill_swiglu(gate, up, n_rows, n, chained, hidden, hidden_chained, row, following, n_tokens, mine)
             row, last = following, following_last
