@@ -104,7 +104,9 @@ def test_a_callback_may_swallow_the_exception(work) -> None:  # type: ignore[no-
         before = threading.active_count()
         with pytest.raises(OutOfTime):
             with_deadline(work, 0.01)
+        give_up = time.monotonic() + 5.0
         while threading.active_count() > before:  # on its last lines
+            assert time.monotonic() < give_up
             time.sleep(0.001)
 
 
