@@ -21,6 +21,7 @@ import click
 from lfm2cpp.cli.group import invoke
 from lfm2cpp.ggml import GGMLType
 from lfm2cpp.gguf import TensorToWrite, Value, read_gguf, write_gguf
+from lfm2cpp.signals import SIGNALS
 
 N_TENSORS, N_BYTES = 6, 1 << 18
 
@@ -45,18 +46,22 @@ def writer(target: Path, ready: int) -> None:
     sys.argv = ["save"]
     save.context_settings = {"obj": (target, ready)}
     sys.stderr = open(os.devnull, "w")
+    code = 99
     try:
-        invoke(save, "save")
+        try:
+            invoke(save, "save")
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # as of here the interpreter would be shutting down
     except SystemExit as left:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of here the interpreter would be shutting down
         from lfm2cpp.files import _remove_leftovers
 
         _remove_leftovers()  # what atexit does in a process that is no fork
-        os._exit(left.code or 0)
+        code = left.code or 0
     except KeyboardInterrupt:
-        os._exit(130)
+        code = 130
     finally:
-        os._exit(99)
+        os._exit(code)
 
 
 def run_round(target: Path, signals: list[int], rng: random.Random) -> int:
