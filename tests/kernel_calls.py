@@ -26,7 +26,7 @@ def call(name: str, *, nth: int = 1, **args: Any) -> None:
 
 
 def run(kernel: Kernel, *, nth: int = 1, **args: Any) -> None:
-    if "scratch" in kernel.params:
+    if "scratch" in kernel.params and "scratch" not in args:
         args["scratch_bytes"] = 1 << 20
         args["scratch"] = aligned(args["scratch_bytes"] * nth, 0xA5)
     values = {name: as_int64(value) for name, value in args.items()}

@@ -38,6 +38,7 @@ FACTORS = (1.0, 0.5, 0.75, 0.25)
 least_sum = simd.make_least_sum(FACTORS)
 PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
 transpose_rows = simd.make_transpose_rows(PLACES)
+store_two = simd.make_store_apart(2, simd.bytes_)
 ask_near, ask_far = simd.make_prefetch_lines([0, 64], True), simd.make_prefetch_lines([128], False)
 
 
@@ -117,7 +118,7 @@ def byte_words(x, far, out):
     simd.store_i32(out + 15 * ROW, odd)
     simd.store_bytes(out + 12 * ROW, (a | b) ^ c)
     simd.store_bytes(out + 13 * ROW, a >> 2)
-    simd.store_f32(out + 14 * ROW, simd.load_i8_as_f32(far))
+    store_two(out + 14 * ROW, 4 * ROW, (a, b))
     simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
     simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
     simd.prefetch_near(far + 1000000)  # wherever that is
@@ -164,6 +165,10 @@ def gather_words(far, out):
     simd.store_f32(out + 3 * ROW, gather_34(far))
     simd.store_f32(out + 4 * ROW, simd.repeat_f16(far, 210))
     simd.store_f32(out + 5 * ROW, simd.load_bf16(far))
+    for i in range(3):
+        first, second = simd.i8_of_lanes(simd.load_i32(far), i)
+        simd.store_f32(out + (6 + 2 * i) * ROW, first)
+        simd.store_f32(out + (7 + 2 * i) * ROW, second)
 
 
 @kernel

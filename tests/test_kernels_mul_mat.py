@@ -18,6 +18,7 @@ from lfm2cpp.kernels.widths import W
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q6_K", "Q8_0"]
 FLOAT_TYPES = ["F32", "F16", "BF16"]
 PAIR_SHAPES = [(1, 32), (5, 64), (40, 96), (33, 512), (64, 256), (2 * W + 1, 1056)]
+MANY = max(widths.FEW_TOKENS, widths.SLICED_TOKENS) + 2  # tokens that a whole panel is unpacked for
 KERNEL_OF = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q6_K": "q6_K", "Q8_0": "q8_0", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 # Sums of a few hundred float32 products, added up in float32.
@@ -116,14 +117,12 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
     n_blocks, stride = n // 32, widths.activation_nbytes(n)
     n_groups = -(-n_blocks // W)
     qs, d = np.zeros((n_tokens, n), np.int8), np.zeros((n_tokens, n_blocks), np.float32)
-    streamed = n_tokens <= widths.STREAMED_TOKENS
-    n_tile = 1 if streamed else widths.TILE_TOKENS
+    n_tile = 1 if n_tokens == 1 else widths.TILE_TOKENS
     for t in range(n_tokens):
-        # The tiles come behind the rows for few tokens.
-        tile = act[(t // n_tile * n_tile + (0 if streamed else widths.STREAMED_TOKENS)) * stride :]
+        tile = act[(t // n_tile * n_tile + (n_tokens > 1)) * stride :]  # the tiles come behind the row for one token
         for b in range(n_blocks):
             i = np.arange(32)
-            if streamed:
+            if n_tokens == 1:
                 place = b
                 at = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16 + i // 16 * 4 * W + i % 16
             else:
@@ -245,7 +244,7 @@ def test_quantizing_the_activations_costs_little(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "n_rows", "n"), CASES)
-@pytest.mark.parametrize("n_tokens", [2, 3, 7, 13])
+@pytest.mark.parametrize("n_tokens", [2, 3, 7, 13, MANY])
 def test_prefill_equals_decode(name: str, n_rows: int, n: int, n_tokens: int) -> None:
     """To the bit, for every number of tokens that fills tiles or leaves a rest."""
     w, x = weights(name, n_rows, n), normal(n_tokens, n, seed=2)
@@ -255,15 +254,15 @@ def test_prefill_equals_decode(name: str, n_rows: int, n: int, n_tokens: int) ->
 
 @pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
 def test_every_number_of_tokens(name: str) -> None:
-    w, x = weights(name, 40, 512), normal(14, 512, seed=2)
+    w, x = weights(name, 40, 512), normal(MANY + 8, 512, seed=2)
     expected = product(w, x)
-    for n_tokens in range(1, 14):
+    for n_tokens in range(1, MANY + 8):
         assert same_bits(product(w, x[:n_tokens]), expected[:n_tokens])
     assert product(w, x[:0]).shape == (0, 40)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
-@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("n_tokens", [1, 5, MANY])
 @pytest.mark.parametrize("n_rows", [5, 64, 2 * W + 3])
 def test_a_residual_is_added_last(name: str, n_tokens: int, n_rows: int) -> None:
     w, x = weights(name, n_rows, 256), normal(n_tokens, 256, seed=4)
@@ -276,7 +275,7 @@ def test_a_residual_is_added_last(name: str, n_tokens: int, n_rows: int) -> None
 def test_a_residual_may_be_the_result(name: str) -> None:
     """As in a plan: the sum takes the residual's place."""
     w = weights(name, 40, 256)
-    for n_tokens in (1, 5):
+    for n_tokens in (1, 5, MANY):
         x, residual = normal(n_tokens, 256, seed=4), normal(n_tokens, 40, seed=5)
         expected = product(w, x) + residual
         out = with_slack(residual)
@@ -292,11 +291,29 @@ def test_a_residual_may_be_the_result(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES + FLOAT_TYPES)
-@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("n_tokens", [1, 5, MANY])
 @pytest.mark.parametrize("nth", [2, 3, 5])
 def test_threads_change_nothing(name: str, n_tokens: int, nth: int) -> None:
     w, x = weights(name, 300, 256), normal(n_tokens, 256, seed=6)
     assert same_bits(product(w, x, nth=nth), product(w, x))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("n_tokens", [1, 5, widths.FEW_TOKENS, widths.FEW_TOKENS + 1, MANY])
+@pytest.mark.parametrize("n_rows", [2 * W, 2 * W + 3])
+def test_scratch_suffices(name: str, n_tokens: int, n_rows: int) -> None:
+    """What a plan gives a thread is enough for a product and for the fused pair, whose panels lie side by side."""
+    n = 2048
+    w, x = weights(name, n_rows, n), normal(n_tokens, n, seed=2)
+    scratch = guarded(np.full(widths.panel_nbytes(n), 0xA5, np.uint8))
+    out = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
+    shared = {"row_bytes": w.row_bytes, "n_rows": n_rows, "n": n, "act": quantized(x), "count": count(n_tokens)}
+    shared |= {"scratch": scratch, "scratch_bytes": 0}
+    call(f"mul_mat:mul_mat_{KERNEL_OF[name]}", w=w.data, out=out, add=0, **shared)
+    assert same_bits(np.ascontiguousarray(out), product(w, x))
+    if n_rows == 2 * W:
+        call(f"swiglu:swiglu_{KERNEL_OF[name]}", gate=w.data, up=w.data, hidden=out, hidden_act=0, **shared)
+        assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -316,10 +333,11 @@ def test_extreme_blocks(name: str) -> None:
     w = Weights.__new__(Weights)
     w.kind, w.n_rows, w.n, w.data = kind, n_rows, n, guarded(blocks.reshape(n_rows, -1))
     w.float64 = gguf.quants.dequantize(w.data, gguf.GGMLQuantizationType(kind)).astype(np.float64)
-    x = rng.choice([-127.0, 127.0], (3, n)).astype(np.float32)
+    x = rng.choice([-127.0, 127.0], (MANY, n)).astype(np.float32)
     expected = x.astype(np.float64) @ w.float64.T
     assert np.abs(product(w, x) - expected).max() <= 1e-6 * np.abs(w.float64).max() * 127 * n
-    assert same_bits(product(w, x)[1], product(w, x[1:2])[0])
+    for n_tokens in (1, 3):
+        assert same_bits(product(w, x)[:n_tokens], product(w, x[:n_tokens]))
 
 
 # The feed-forward's fused first half
@@ -327,7 +345,7 @@ def test_extreme_blocks(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 @pytest.mark.parametrize(("n_rows", "n"), [(64, 256), (96, 768), (160, 256)])
-@pytest.mark.parametrize("n_tokens", [1, 2, 4, 9])
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 9, MANY])
 @pytest.mark.parametrize("nth", [1, 3])
 def test_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens: int, nth: int) -> None:
     """hidden = silu(gate x) * (up x), to the bit what the products and the row op give one after the other."""
@@ -404,7 +422,7 @@ def test_float_swiglu_equals_its_parts(name: str, n_rows: int, n: int, n_tokens:
     hidden = guarded(np.full((n_tokens, n_rows), np.nan, np.float32))
     run(hidden, 0)
     assert same_bits(np.ascontiguousarray(hidden), expected)
-    if n_tokens > widths.STREAMED_TOKENS:
+    if n_tokens > widths.FLOAT_STREAMED_TOKENS:
         n_tile = widths.FLOAT_TILE_TOKENS
         tiles = guarded(np.full((-(-n_tokens // n_tile), W, n_rows // W, n_tile), np.nan, np.float32))
         hidden[:] = 7

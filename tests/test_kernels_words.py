@@ -156,7 +156,7 @@ def test_sums_of_pieces_at_their_limits(row: int, bits: int) -> None:
 def test_byte_words() -> None:
     a, b, c, d = (octets(i) for i in range(4))
     far = guarded(np.random.default_rng(8).integers(0, 256, 3 + 210 * (PIECES + 1), np.uint8))
-    found = say("byte_words", 18, x=rows(a, b, c, d), far=far)
+    found = say("byte_words", 19, x=rows(a, b, c, d), far=far)
     check(found[0], a & b)
     check(found[1], a & 15)
     check(found[2], a >> 4)
@@ -171,7 +171,8 @@ def test_byte_words() -> None:
         check(found[row], np.array([far.view(np.int8)[first + 2 * (i % 8) + 210 * (i // 8)] for i in range(W)], np.int32))
     check(found[12], (a | b) ^ c)
     check(found[13], a >> 2)
-    check(found[14], far[:W].view(np.int8).astype(np.float32))
+    check(found[14], a)
+    check(found[18], b)
     halves = np.stack([v.reshape(PIECES, 2, 8) for v in (a, b)], axis=2)  # [piece][half][vector][byte]
     check(found[16], np.ascontiguousarray(halves[:, 0]).reshape(4 * W))
     check(found[17], np.ascontiguousarray(halves[:, 1]).reshape(4 * W))
@@ -181,7 +182,7 @@ def test_loads_stay_within_their_vectors() -> None:
     """gather_pieces and load_* of the last bytes there are."""
     far = guarded(np.arange(8 + 2 * 7 + 210 * (W // 8 or 1), dtype=np.uint8))
     x = rows(*(octets(i) for i in range(4)))
-    say("byte_words", 18, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
+    say("byte_words", 19, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
@@ -245,13 +246,16 @@ def test_gathers_of_halves() -> None:
     def half(offset: int) -> np.float32:
         return data[offset : offset + 2].view(np.float16)[0].astype(np.float32)
 
-    found = say("gather_words", 6, far=guarded(far))
+    found = say("gather_words", 12, far=guarded(far))
     check(found[0], np.array([half(18 * i) for i in range(W)]))
     check(found[1], np.array([half(2 + 210 * i) for i in range(W)]))
     check(found[2], np.array([half(18 * i) for i in range(W)]))
     check(found[3], np.array([half(34 * i) for i in range(W)]))
     check(found[4], np.array([half(210 * (i // 8)) for i in range(W)]))
     check(found[5], (far.view(np.uint16)[:W].astype(np.uint32) << 16).view(np.float32))
+    for i in range(3):
+        check(found[6 + 2 * i], data.view(np.int8)[i : 4 * W : 4].astype(np.float32))
+        check(found[7 + 2 * i], data.view(np.int8)[i + 1 : 4 * W : 4].astype(np.float32))
 
 
 def test_transpose_square() -> None:

@@ -5,9 +5,9 @@
     level.py      which instruction set: chosen once, overridable with LFM2CPP_SIMD
     simd/         the vocabulary: vectors as values, the same words at every level
     scalar.py     loads, stores and atomics on addresses
-    weights/      one file a weight type: row -> float32, block dot products, panel unpacking
+    weights/      one file a weight type: row -> float32, block dot products, blocks side by side for a tile
     ops           mul_mat.py, attention.py, shortconv.py, ...: one op each, reading as its algorithm; ops.py the small
-                  ones
+                  ones. The products of several tokens are in few_tokens.py and panel.py, over the tiles of dot_tile.py
 
 Kernels check nothing: whoever records a plan has validated every address and size.
 """

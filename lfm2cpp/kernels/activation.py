@@ -3,11 +3,10 @@
 A row of n elements is cut into blocks of 32 and groups of W blocks, the last group padded with zeros. Two layouts, both
 of ACT_GROUP bytes a group and token, one behind the other, so that the first one's padding stays zero:
 
-    up to STREAMED_TOKENS tokens (decode): row after row. Block b of a group is piece b // 4 of vector pair b % 4, its
-    first 16 elements in the pair's low vector, the others in the high one. After `sum_pieces` of the four pairs, lane b
-    holds block b's sum, in order.
+    one token (decode): block b of a group is piece b // 4 of vector pair b % 4, its first 16 elements in the pair's low
+    vector, the others in the high one. After `sum_pieces` of the four pairs, lane b holds block b's sum, in order.
 
-    more tokens (prefill): tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
+    more tokens: tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
     through memory with one address. Blocks in the order in which they are added up, chain by chain: those with the same
     b % W follow each other, TILE_TOKENS times 32 bytes each: token after token, or, where the product takes pairs of
     tokens (dot_tile.py), pair after pair, 8 elements of the one and of the other in turn.
@@ -59,7 +58,6 @@ from .widths import (
     ACT_Z128,
     LINE,
     PAIRS,
-    STREAMED_TOKENS,
     TILE_TOKENS,
 )
 
@@ -72,32 +70,26 @@ best_of = make_least_sum([1 / float(levels) ** 2 for levels in LEVELS])  # of er
 
 @device
 def decode_offset(b):
-    """Decode layout: offset of block b's first 16 integers; the other 16 lie 4 W bytes further."""
+    """For one token: offset of block b's first 16 integers; the other 16 lie 4 W bytes further."""
     in_group = b % W
     return (b // W) * (32 * W) + (in_group % 4) * (8 * W) + (in_group // 4) * 16
 
 
 @device
 def chain_index(b, n_groups):
-    """Prefill layout: the place of block b among the blocks of a token."""
+    """Tiles: the place of block b among the blocks of a token."""
     return (b % W) * n_groups + b // W
 
 
 @device
-def streamed_row(act, n_groups, t):
-    """Decode layout: the row of token t."""
-    return act + t * (n_groups * ACT_GROUP)
-
-
-@device
 def first_tile(act, n_groups):
-    """Prefill layout: where its tiles begin, behind the rows of the other one."""
-    return streamed_row(act, n_groups, STREAMED_TOKENS)
+    """Tiles: where they begin, behind the row for one token."""
+    return act + n_groups * ACT_GROUP
 
 
 @device
 def tile_stride(n_groups):
-    """Prefill layout: bytes of a tile of rows of n_groups groups."""
+    """Tiles: bytes of a tile of rows of n_groups groups."""
     return n_groups * (TILE_TOKENS * ACT_GROUP)
 
 
@@ -150,19 +142,19 @@ def find_scale(x, act, n_groups, t, b, streamed):
 def first_entry(act, n_groups, t, b, streamed):
     """Where the entry of block b of token t would be if its table stood first, and the factor of a table's offset."""
     if streamed:
-        return streamed_row(act, n_groups, t) + 4 * b, n_groups
+        return act + 4 * b, n_groups
     return tile_of(act, n_groups, t) + 4 * place_in_tile(n_groups, t, b), n_groups * TILE_TOKENS
 
 
 @device
 def tile_of(act, n_groups, t):
-    """Prefill layout: the tile of token t."""
+    """Tiles: the tile of token t."""
     return first_tile(act, n_groups) + t // TILE_TOKENS * tile_stride(n_groups)
 
 
 @device
 def place_in_tile(n_groups, t, b):
-    """Prefill layout: how many blocks, or entries of a table, come before block b of token t in its tile."""
+    """Tiles: how many blocks, or entries of a table, come before block b of token t in its tile."""
     return chain_index(b, n_groups) * TILE_TOKENS + t % TILE_TOKENS
 
 
@@ -171,7 +163,7 @@ def write_block(x, act, n_groups, t, b, streamed):
     """The other half: the integers and the tables."""
     entry, table = first_entry(act, n_groups, t, b, streamed)
     if streamed:
-        low_qs = streamed_row(act, n_groups, t) + decode_offset(b)
+        low_qs = act + decode_offset(b)
         high_qs = low_qs + 4 * W
         gap = 0
     else:

@@ -1,13 +1,18 @@
-"""Register tiles of quantized products: the sums of 2 W rows by a few tokens while a panel of int8 weights streams by.
+"""Register tiles of quantized products: the sums of some rows by a few tokens while int8 weights stream by.
 
 A tile is a tuple of vectors, the outer product of vectors of rows and vectors of tokens: value [row vector][token
 vector]. Where the registers do not hold both the integer sums of a block and the float sums of a chain of blocks, the
 latter lie in memory, and their tile is an address. Its words are the same for both arrangements:
 
-    columns  a vector is W rows of one token; 2 row vectors. Each dot takes 4 columns of W rows and of one token,
-             broadcast.
-    pairs    for smmla of NEON i8mm: a vector is 2 rows by 2 tokens; W row vectors. Each dot takes 8 columns of 2 rows
-             and of 2 tokens: twice the products of an instruction, and the activations are loaded, not broadcast.
+    columns  a vector is W rows of one token. Each dot takes 4 columns of W rows and of one token, broadcast.
+    pairs    for smmla of NEON i8mm: a vector is 2 rows by 2 tokens. Each dot takes 8 columns of 2 rows and of 2 tokens:
+             twice the products of an instruction, and the activations are loaded, not broadcast.
+
+and for both places that weights come from:
+
+    panel      2 W rows in memory (panel.py), used by tile after tile; q and scales are addresses
+    registers  W rows straight from the file (few_tokens.py), used by one tile; q is the 8 vectors of columns.py,
+               scales are vectors
 
 How the bytes must lie for that is in weights/columns.py and activation.py.
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -33,10 +39,10 @@ from .dot import (
 )
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
-from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, f32, i32, load_vector, store_vector
+from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, i32, load_vector, store_vector
 from .tile import VECTOR, load_at, pack
 from .vector import shuffle, splat, vector_op
-from .widths import FLOATS_IN_MEMORY, PAIR_SUMS, PAIRS
+from .widths import FLOATS_IN_MEMORY, PAIR_SUMS, PAIRS, TILE_TOKENS
 
 int64 = types.int64
 BLOCK, ENTRY = 32, 4  # bytes of a token in a tile: of a block's integers, of a table's entries
@@ -45,48 +51,91 @@ HALF = 32 if PAIRS else 16  # bytes from a tile's first 16 columns of a block to
 
 @dataclass(frozen=True)
 class DotTile:
-    """The words of a tile of one width. `scales`, `factors` and `minima` are 2 W float32, one a row; z, d and ds tables
-    of one entry a token."""
+    """The words of a tile of one width.
 
-    zero: Any  # (room) -> float tile of zeros, at `room`, 2 VECTOR bytes a token, if it lies in memory
-    dot_u4: Any  # (z, panel, a) -> integer tile: z[t] + 32 columns of weights 0..15, int8 activations
-    dot_u4_alone: Any  # (panel, a): the same without z
-    dot_i8: Any  # (z, panel, a): the same for signed weights, stored by panel_i8; z: what I8_BIAS added, negative
-    dot_u6_half: Any  # (z, panel, a) -> z[t] + 16 columns of weights 0..63
-    scale: Any  # (f, sums, scales, d) -> f + sums * (scales * d[t])
-    scale_and_add: Any  # (f, sums, scales, d, minima, ds) -> f + sums * (scales * d[t]) + minima * ds[t]
-    scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d): sums are low * factors + high * factors
-    add_to: Any  # (totals, f): totals at an address, rows of 2 W, one a token
+    q: 32 columns of the rows' integers; scales, factors, minima: one float32 a row; all as their source has them.
+    a: int8 activations; z, d, ds: tables of one entry a token; all of a first tile of TILE_TOKENS tokens, those of the
+    tile that follows `next_tile` bytes further.
+    """
+
+    zero: Any  # (room) -> float tile of zeros, at `room`, if it lies in memory
+    dot_u4: Any  # (z, q, a, next_tile) -> integer tile: z[t] + 32 columns of weights 0..15 by int8 activations
+    dot_u4_alone: Any  # (q, a, next_tile): the same without z
+    dot_i8: Any  # (z, q, a, next_tile): the same for signed weights, through panel_i8; z: what I8_BIAS added, negative
+    dot_u6_low: Any  # (z, q, a, next_tile) -> z[t] + the first 16 columns of weights 0..63
+    dot_u6_high: Any  # the same of the other 16
+    scale: Any  # (f, sums, scales, d, next_tile) -> f + sums * (scales * d[t])
+    scale_and_add: Any  # (f, sums, scales, d, minima, ds, next_tile): f + sums * (scales * d[t]) + minima * ds[t]
+    scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d, next_tile)
+    #                    sums are low * factors + high * factors
+    add_to: Any  # (totals, f): totals at an address, 2 W a token
+
+
+class Panel:
+    """2 W rows in memory."""
+
+    n_vectors = 2
+    columns, floats = int64, int64
+
+    def bytes_of(self, builder: ir.IRBuilder, q: ir.Value, i: int) -> list[ir.Value]:
+        """Vector i of 8 of every W rows."""
+        return [load_at(builder, q, (2 * i + half) * VECTOR, I8_VECTOR) for half in range(2)]
+
+    def floats_of(self, builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
+        return [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
+
+
+class Registers:
+    """W rows in registers."""
+
+    n_vectors = 1
+    columns, floats = types.UniTuple(bytes_, 8), f32
+
+    def bytes_of(self, builder: ir.IRBuilder, q: ir.Value, i: int) -> list[ir.Value]:
+        return [builder.extract_value(q, i)]
+
+    def floats_of(self, builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
+        return [values]
+
+
+PANEL, REGISTERS = Panel(), Registers()
+
+
+def at_token(builder: ir.IRBuilder, base: ir.Value, t: int, nbytes: int, next_tile: ir.Value) -> ir.Value:
+    """Where token t has its nbytes, of which those of a tile's tokens lie side by side."""
+    tile, place = divmod(t, TILE_TOKENS)
+    base = builder.add(base, ir.Constant(I64, place * nbytes))
+    return builder.add(base, builder.mul(next_tile, ir.Constant(I64, tile))) if tile else base
 
 
 class Columns:
     """W rows of one token in a vector."""
 
     step = 4  # columns of a dot
-    n_row_vectors = 2
     dot_u7, dot_i8 = staticmethod(dot_u7_value), staticmethod(dot_panel_i8_value)
 
-    def __init__(self, n_tokens: int) -> None:
-        self.n_token_vectors = n_tokens
+    def __init__(self, n_tokens: int, source: Panel | Registers) -> None:
+        self.n_token_vectors, self.source = n_tokens, source
+        self.n_row_vectors = source.n_vectors
 
     def rows(self, builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
-        """2 W float32, as row vectors."""
-        return [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
+        """A float32 a row, as row vectors."""
+        return self.source.floats_of(builder, values)
 
-    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type) -> ir.Value:
+    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type, next_tile: ir.Value) -> ir.Value:
         """Token vector t of a table's entries."""
-        return splat(builder, load_at(builder, table, ENTRY * t, element), W)
+        return splat(builder, load_vector(builder, at_token(builder, table, t, ENTRY, next_tile), element), W)
 
-    def row_bytes(self, builder: ir.IRBuilder, panel: ir.Value, step: int) -> list[ir.Value]:
-        return [load_at(builder, panel, (2 * step + half) * VECTOR, I8_VECTOR) for half in range(2)]
+    def row_bytes(self, builder: ir.IRBuilder, q: ir.Value, step: int) -> list[ir.Value]:
+        return self.source.bytes_of(builder, q, step)
 
-    def token_bytes(self, builder: ir.IRBuilder, a: ir.Value, step: int) -> list[ir.Value]:
-        tokens = [BLOCK * t for t in range(self.n_token_vectors)]
+    def token_bytes(self, builder: ir.IRBuilder, a: ir.Value, step: int, next_tile: ir.Value) -> list[ir.Value]:
+        tokens = [at_token(builder, a, t, BLOCK, next_tile) for t in range(self.n_token_vectors)]
         if NEON:  # sdot takes a lane of a vector: one load for four steps
-            whole = [load_at(builder, a, token + 16 * (step // 4), I32_VECTOR) for token in tokens]
+            whole = [load_at(builder, token, 16 * (step // 4), I32_VECTOR) for token in tokens]
             four = [shuffle(builder, columns, columns, [step % 4] * 4) for columns in whole]
         else:
-            four = [splat(builder, load_at(builder, a, token + 4 * step, I32), W) for token in tokens]
+            four = [splat(builder, load_at(builder, token, 4 * step, I32), W) for token in tokens]
         return [builder.bitcast(columns, I8_VECTOR) for columns in four]
 
     def by_token(self, builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
@@ -98,30 +147,32 @@ class Pairs:
     """2 rows by 2 tokens in a vector, row by row: W is 4."""
 
     step = 8
-    n_row_vectors = 4
     dot_u7 = dot_i8 = staticmethod(dot_pairs_value)
 
-    def __init__(self, n_tokens: int) -> None:
-        self.n_token_vectors = n_tokens // 2
+    def __init__(self, n_tokens: int, source: Panel | Registers) -> None:
+        self.n_token_vectors, self.source = n_tokens // 2, source
+        self.n_row_vectors = 2 * source.n_vectors
 
     def rows(self, builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
-        halves = [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
+        halves = self.source.floats_of(builder, values)
         return [shuffle(builder, v, v, lanes) for v in halves for lanes in ([0, 0, 1, 1], [2, 2, 3, 3])]
 
-    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type) -> ir.Value:
-        pair = load_at(builder, table, 2 * ENTRY * t, ir.VectorType(element, 2))
+    def token(self, builder: ir.IRBuilder, table: ir.Value, t: int, element: ir.Type, next_tile: ir.Value) -> ir.Value:
+        where = at_token(builder, table, 2 * t, ENTRY, next_tile)
+        pair = load_vector(builder, where, ir.VectorType(element, 2))
         return shuffle(builder, pair, pair, [0, 1, 0, 1])
 
-    def row_bytes(self, builder: ir.IRBuilder, panel: ir.Value, step: int) -> list[ir.Value]:
-        places = [4 * step + 2 * pair + half for half in range(2) for pair in range(2)]
-        return [load_at(builder, panel, place * VECTOR, I8_VECTOR) for place in places]
+    def row_bytes(self, builder: ir.IRBuilder, q: ir.Value, step: int) -> list[ir.Value]:
+        pairs = [self.source.bytes_of(builder, q, 2 * step + pair) for pair in range(2)]
+        return [halves[half] for half in range(self.source.n_vectors) for halves in pairs]
 
-    def token_bytes(self, builder: ir.IRBuilder, a: ir.Value, step: int) -> list[ir.Value]:
-        return [load_at(builder, a, 2 * BLOCK * p + VECTOR * step, I8_VECTOR) for p in range(self.n_token_vectors)]
+    def token_bytes(self, builder: ir.IRBuilder, a: ir.Value, step: int, next_tile: ir.Value) -> list[ir.Value]:
+        pairs = [at_token(builder, a, 2 * p, BLOCK, next_tile) for p in range(self.n_token_vectors)]
+        return [load_at(builder, pair, VECTOR * step, I8_VECTOR) for pair in pairs]
 
     def by_token(self, builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
         columns = []
-        for half in range(2):
+        for half in range(self.source.n_vectors):
             first, second = (values[(2 * half + pair) * self.n_token_vectors :] for pair in range(2))
             for a, b in zip(first[: self.n_token_vectors], second, strict=False):
                 columns += [shuffle(builder, a, b, [0, 2, 4, 6]), shuffle(builder, a, b, [1, 3, 5, 7])]
@@ -139,10 +190,12 @@ def in_order(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
     return [builder.extract_value(kept, i) for i in indices]
 
 
-def make_dot_tile(n_tokens: int) -> DotTile:
-    """The words for tiles of 2 W rows by `n_tokens`, which is even."""
-    lay = (Pairs if PAIRS else Columns)(n_tokens)
+@cache
+def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
+    """The words for tiles of the rows of `source` by `n_tokens`, which is even."""
+    lay = (Pairs if PAIRS else Columns)(n_tokens, source)
     count = lay.n_row_vectors * lay.n_token_vectors
+    columns, row_floats = source.columns, source.floats
     ints, floats = types.UniTuple(i32, count), int64 if FLOATS_IN_MEMORY else types.UniTuple(f32, count)
 
     def float_at(builder: ir.IRBuilder, f: ir.Value, i: int) -> ir.Value:
@@ -165,28 +218,28 @@ def make_dot_tile(n_tokens: int) -> DotTile:
     def zeros() -> list[ir.Value]:
         return [ir.Constant(I32_VECTOR, None)] * count
 
-    def starts(builder: ir.IRBuilder, z: ir.Value | None) -> list[ir.Value]:
+    def starts(builder: ir.IRBuilder, z: ir.Value | None, next_tile: ir.Value) -> list[ir.Value]:
         if z is None:
             return zeros()
-        return [lay.token(builder, z, t, I32) for t in range(lay.n_token_vectors)] * lay.n_row_vectors
+        return [lay.token(builder, z, t, I32, next_tile) for t in range(lay.n_token_vectors)] * lay.n_row_vectors
 
-    def operands(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int) -> Iterator[Any]:
-        """Row vectors and token vectors of bytes, step by step."""
-        for step in range(n_columns // lay.step):
-            yield lay.row_bytes(builder, panel, step), lay.token_bytes(builder, a, step)
+    def operands(builder: ir.IRBuilder, q: ir.Value, a: ir.Value, next_tile: ir.Value, steps: range) -> Iterator[Any]:
+        """Row vectors and token vectors of bytes, step by step; `a` is where the first step's columns are."""
+        for step in steps:
+            yield lay.row_bytes(builder, q, step), lay.token_bytes(builder, a, step - steps.start, next_tile)
 
-    def sums_of_dots(builder: ir.IRBuilder, sums: Any, panel: ir.Value, a: ir.Value, n_columns: int, dot: Any) -> Any:
-        for rows, tokens in operands(builder, panel, a, n_columns):
+    def sums_of_dots(builder: ir.IRBuilder, sums: Any, steps: Iterator[Any], dot: Any) -> Any:
+        for rows, tokens in steps:
             pairs = [(w, x) for w in rows for x in tokens]
             sums = [dot(builder, total, w, x) for total, (w, x) in zip(sums, pairs, strict=True)]
             if PAIR_SUMS:
                 sums = in_order(builder, sums)
         return sums
 
-    def sums_of_pairs(builder: ir.IRBuilder, panel: ir.Value, a: ir.Value, n_columns: int, largest: int) -> Any:
+    def sums_of_pairs(builder: ir.IRBuilder, steps: Iterator[Any], largest: int) -> Any:
         """Weights 0..largest, whose products come in pairs: those stay in 16 bits for as many steps as fit."""
         fit, sums, pairs = pairs_that_fit(largest), zeros(), []
-        for step, (rows, tokens) in enumerate(operands(builder, panel, a, n_columns)):
+        for step, (rows, tokens) in enumerate(steps):
             products = [pair_products(builder, w, x) for w in rows for x in tokens]
             pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products
             pairs = in_order(builder, pairs)
@@ -194,38 +247,45 @@ def make_dot_tile(n_tokens: int) -> DotTile:
                 sums = [add_pairs(builder, *two) for two in zip(sums, pairs, strict=True)]
         return sums
 
-    def unsigned_dots(builder, z, panel, a, n_columns, largest):
-        """Weights 0..largest; z may be None."""
+    def unsigned_dots(builder, z, q, a, next_tile, run, largest):
+        """Weights 0..largest of a run of columns, from which on `a` is; z may be None."""
+        steps = operands(builder, q, a, next_tile, range(run.start // lay.step, run.stop // lay.step))
         if not PAIR_SUMS:
-            return pack(builder, sums_of_dots(builder, starts(builder, z), panel, a, n_columns, lay.dot_u7))
-        sums = sums_of_pairs(builder, panel, a, n_columns, largest)
-        return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z), strict=True)])
+            return pack(builder, sums_of_dots(builder, starts(builder, z, next_tile), steps, lay.dot_u7))
+        sums = sums_of_pairs(builder, steps, largest)
+        return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z, next_tile), strict=True)])
 
-    @vector_op(ints, int64, int64, int64)
-    def dot_u4(builder, z, panel, a):
-        return unsigned_dots(builder, z, panel, a, 32, 15)
+    @vector_op(ints, int64, columns, int64, int64)
+    def dot_u4(builder, z, q, a, next_tile):
+        return unsigned_dots(builder, z, q, a, next_tile, range(32), 15)
 
-    @vector_op(ints, int64, int64)
-    def dot_u4_alone(builder, panel, a):
-        return unsigned_dots(builder, None, panel, a, 32, 15)
+    @vector_op(ints, columns, int64, int64)
+    def dot_u4_alone(builder, q, a, next_tile):
+        return unsigned_dots(builder, None, q, a, next_tile, range(32), 15)
 
-    @vector_op(ints, int64, int64, int64)
-    def dot_u6_half(builder, z, panel, a):
-        return unsigned_dots(builder, z, panel, a, 16, 63)
+    @vector_op(ints, int64, columns, int64, int64)
+    def dot_u6_low(builder, z, q, a, next_tile):
+        return unsigned_dots(builder, z, q, a, next_tile, range(16), 63)
 
-    @vector_op(ints, int64, int64, int64)
-    def dot_i8(builder, z, panel, a):
-        first = starts(builder, z if I8_BIAS else None)
-        return pack(builder, sums_of_dots(builder, first, panel, a, 32, lay.dot_i8))
+    @vector_op(ints, int64, columns, int64, int64)
+    def dot_u6_high(builder, z, q, a, next_tile):
+        return unsigned_dots(builder, z, q, a, next_tile, range(16, 32), 63)
 
-    def add_scaled(builder, f, total, scales, d, minima=None, ds=None):
+    @vector_op(ints, int64, columns, int64, int64)
+    def dot_i8(builder, z, q, a, next_tile):
+        first = starts(builder, z if I8_BIAS else None, next_tile)
+        steps = operands(builder, q, a, next_tile, range(32 // lay.step))
+        return pack(builder, sums_of_dots(builder, first, steps, lay.dot_i8))
+
+    def add_scaled(builder, f, total, scales, d, next_tile, minima=None, ds=None):
         """f + total(i, r) * (scales * d) + minima * ds; value i is of row vector r.
 
         Token after token: so only a few of them need a register at a time.
         """
         row_scales, row_minima = lay.rows(builder, scales), lay.rows(builder, minima) if minima else None
         for t in range(lay.n_token_vectors):
-            factor, term = lay.token(builder, d, t, FLOAT), lay.token(builder, ds, t, FLOAT) if ds else None
+            factor = lay.token(builder, d, t, FLOAT, next_tile)
+            term = lay.token(builder, ds, t, FLOAT, next_tile) if ds else None
             for r in range(lay.n_row_vectors):
                 i = r * lay.n_token_vectors + t
                 scale = builder.fmul(row_scales[r], factor)
@@ -238,23 +298,23 @@ def make_dot_tile(n_tokens: int) -> DotTile:
     def as_float(builder: ir.IRBuilder, sums: ir.Value, i: int) -> ir.Value:
         return builder.sitofp(builder.extract_value(sums, i), F32_VECTOR)
 
-    @vector_op(floats, floats, ints, int64, int64)
-    def scale(builder, f, sums, scales, d):
-        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d)
+    @vector_op(floats, floats, ints, row_floats, int64, int64)
+    def scale(builder, f, sums, scales, d, next_tile):
+        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d, next_tile)
 
-    @vector_op(floats, floats, ints, int64, int64, int64, int64)
-    def scale_and_add(builder, f, sums, scales, d, minima, ds):
-        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d, minima, ds)
+    @vector_op(floats, floats, ints, row_floats, int64, row_floats, int64, int64)
+    def scale_and_add(builder, f, sums, scales, d, minima, ds, next_tile):
+        return add_scaled(builder, f, lambda i, r: as_float(builder, sums, i), scales, d, next_tile, minima, ds)
 
-    @vector_op(floats, floats, ints, int64, ints, int64, int64, int64)
-    def scale_halves(builder, f, low, low_factors, high, high_factors, scales, d):
+    @vector_op(floats, floats, ints, row_floats, ints, row_floats, row_floats, int64, int64)
+    def scale_halves(builder, f, low, low_factors, high, high_factors, scales, d, next_tile):
         lows, highs = lay.rows(builder, low_factors), lay.rows(builder, high_factors)
 
         def total(i, r):
             product = builder.fmul(as_float(builder, high, i), highs[r])
             return multiply_add(builder, as_float(builder, low, i), lows[r], product)
 
-        return add_scaled(builder, f, total, scales, d)
+        return add_scaled(builder, f, total, scales, d, next_tile)
 
     @vector_op(types.void, int64, floats)
     def add_to(builder, totals, f):
@@ -265,7 +325,9 @@ def make_dot_tile(n_tokens: int) -> DotTile:
         # Totals stay in memory: LLVM would keep them in registers by spilling them around every chain.
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
-    return DotTile(zero, dot_u4, dot_u4_alone, dot_i8, dot_u6_half, scale, scale_and_add, scale_halves, add_to)
+    return DotTile(
+        zero, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, scale, scale_and_add, scale_halves, add_to
+    )
 
 
 assert I32_VECTOR.count == W

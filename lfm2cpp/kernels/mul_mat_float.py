@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from .compiler import device, kernel
-from .mul_mat import SUMS, store_rows, store_totals
+from .mul_mat import store_rows
 from .ops import segment_of, share_of
+from .panel import SUMS, store_totals
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
-from .shares import FAR, distance, is_streamed, make_prefetches, next_unit, rows_of_unit, take_rows
+from .shares import FAR, distance, is_float_streamed, make_prefetches, next_unit, rows_of_unit, take_rows
 from .simd import W, load_f32, make_prefetch_lines, splat_f32, store_bf16, store_f32
 from .tile import make_tile
 from .weights import floats
@@ -61,7 +62,7 @@ def chain_rows(x, n, chained, count, ith, nth):
     chained[t // FLOAT_TILE_TOKENS, lane, m, t % FLOAT_TILE_TOKENS] = x[t, m W + lane], zero from n on
     """
     n_tokens, runs = load_i64(count), runs_of(n)
-    if is_streamed(n_tokens):
+    if is_float_streamed(n_tokens):
         return
     begin, end = share_of((n_tokens + FLOAT_TILE_TOKENS - 1) // FLOAT_TILE_TOKENS, ith, nth)
     for tile in range(begin, end):
@@ -281,7 +282,7 @@ def make_mul_mat(weights: floats.FloatWeights) -> Any:
         if n_tokens == 0:
             return
         ld = 4 * n_rows
-        if is_streamed(n_tokens):
+        if is_float_streamed(n_tokens):
             row_bytes = n * size
             unit = rows_of_unit(row_bytes)
             row, last = take_rows(work, n_rows, nth, unit)

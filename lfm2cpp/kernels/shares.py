@@ -12,7 +12,7 @@ from typing import Any
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import make_prefetch_lines
-from .widths import ASKED_NEAR, ASKED_ONCE, LINE, STREAMED_TOKENS, W
+from .widths import ASKED_NEAR, ASKED_ONCE, FLOAT_STREAMED_TOKENS, LINE, W
 
 SHARES_A_THREAD = 2
 # A byte is asked for FAR bytes before its use. Where it is asked for twice, then again NEAR bytes before, when few may
@@ -40,8 +40,14 @@ def take_rows(work, n_rows, nth, unit):
 
 @device
 def is_streamed(n_tokens):
-    """Whether so few tokens take the rows as they stream by, each in turn; for more, panels are unpacked."""
-    return n_tokens <= STREAMED_TOKENS
+    """Whether rows of blocks are used as they stream by; with more tokens they are put side by side."""
+    return n_tokens == 1
+
+
+@device
+def is_float_streamed(n_tokens):
+    """Whether rows of floats are used as they stream by, by each token in turn; with more, panels are unpacked."""
+    return n_tokens <= FLOAT_STREAMED_TOKENS
 
 
 @device

@@ -20,39 +20,31 @@ from .activation import (
     write_block,
 )
 from .compiler import device, kernel
-from .mul_mat import (
-    FEW_TOKENS,
-    SUMS,
-    TAIL_BYTES,
-    ask_for_totals,
-    make_decode,
-    make_panel_product,
-    store_totals,
-    totals_nbytes,
-)
+from .few_tokens import make_few_tokens
+from .mul_mat import TAIL_BYTES, make_decode
 from .ops import swiglu_part
+from .panel import SUMS, TOTALS, ask_for_totals, make_panel_product, store_totals
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, is_streamed, next_unit, take_rows
 from .simd import W
 from .weights import q4_0, q4_1, q6_K, q8_0
-from .widths import STREAMED_TOKENS, TILE_TOKENS
+from .widths import FEW_TOKENS, SLICED_TOKENS, TILE_TOKENS
 
 ROWS = 2 * W  # rows of a unit
-ROWS_AT_ONCE = 8 * ROWS  # of a streamed token, finished together: what waits long for a few numbers waits together
-SUMS_AT_ONCE = 4 * ROWS_AT_ONCE  # bytes
+ROWS_AT_ONCE = 8 * ROWS  # of one token, finished together: what waits long for a few numbers waits together
 
 
 @device
-def finish_token(gate, up, hidden, act, t, row, last, n_rows):
-    """hidden = silu(gate) * up for rows row .. last - 1 of token t; then their blocks of `act`."""
+def finish_token(gate, up, hidden, act, row, last, n_rows):
+    """hidden = silu(gate) * up for rows row .. last - 1 of one token; then their blocks of `act`."""
     swiglu_part(gate, up, gate, 0, last - row)
     if act:
-        quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), t, True)
+        quantize_blocks(gate, row // QK, last // QK, act, n_groups_of(n_rows), 0, True)
     if hidden:
         for i in range(0, 4 * (last - row), 4):
-            store_scalar(hidden + 4 * (t * n_rows + row) + i, load_scalar(gate + i))
+            store_scalar(hidden + 4 * row + i, load_scalar(gate + i))
 
 
 @device
@@ -69,14 +61,14 @@ def finish_tile(gate, up, hidden, act, t, count, row, n_rows):
         store_totals(gate, hidden, 0, t, count, row, n_rows)
 
 
-def make_decode_swiglu(weights: ModuleType) -> Any:
+def make_stream(weights: ModuleType) -> Any:
     decode_rows = make_decode(weights)
 
     @device
-    def decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, scratch):
-        """The rows that this thread takes, by up to STREAMED_TOKENS tokens."""
+    def stream(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, scratch):
+        """The rows that this thread takes, by one token."""
         gate_sums = scratch + TAIL_BYTES + 8 * W * W
-        up_sums = gate_sums + STREAMED_TOKENS * SUMS_AT_ONCE
+        up_sums = gate_sums + 4 * ROWS_AT_ONCE
         nbytes = ROWS * row_bytes
         first, last = take_rows(work, n_rows, nth, ROWS)
         row = first  # the sums from `first` on are not finished
@@ -84,41 +76,53 @@ def make_decode_swiglu(weights: ModuleType) -> Any:
             end, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
             gate_rows, up_rows, at = gate + row * row_bytes, up + row * row_bytes, 4 * (row - first)
             far = distance(gate_rows, nbytes, up_rows)
-            n_now, sums = end - row, gate_sums + at
-            decode_rows(gate_rows, row_bytes, n_now, n, act, n_tokens, sums, 0, SUMS_AT_ONCE, 0, n_now, far, scratch)
+            n_now = end - row
+            decode_rows(gate_rows, row_bytes, n_now, n, act, gate_sums + at, 0, 0, n_now, far, scratch)
             far = distance(up_rows, nbytes, gate + following * row_bytes)
-            sums = up_sums + at
-            decode_rows(up_rows, row_bytes, n_now, n, act, n_tokens, sums, 0, SUMS_AT_ONCE, 0, n_now, far, scratch)
+            decode_rows(up_rows, row_bytes, n_now, n, act, up_sums + at, 0, 0, n_now, far, scratch)
             if end == last or end - first == ROWS_AT_ONCE:
-                for t in range(n_tokens):
-                    held = t * SUMS_AT_ONCE
-                    finish_token(gate_sums + held, up_sums + held, hidden, hidden_act, t, first, end, n_rows)
+                finish_token(gate_sums, up_sums, hidden, hidden_act, first, end, n_rows)
                 first = following
             row, last = following, following_last
 
-    return decode_swiglu
+    return stream
 
 
-def make_prefill_swiglu(weights: ModuleType) -> Any:
-    product = make_panel_product(weights)
-    unpack, by_tile, by_few = product.unpack, product.by_tile, product.by_few
-    panel_block = weights.PANEL_BLOCK
+def make_use_registers(weights: ModuleType) -> Any:
+    by_few = make_few_tokens(weights)
 
     @device
-    def prefill_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, row, n_tokens, nth, scratch):
-        """Rows row .. row + ROWS - 1 by every token."""
-        gate_sums = scratch
-        up_sums = gate_sums + totals_nbytes(FEW_TOKENS)
-        panel = up_sums + totals_nbytes(FEW_TOKENS)
-        first, coming = row * row_bytes, (row + nth * ROWS) * row_bytes
-        if n_tokens <= FEW_TOKENS:
-            by_few(gate + first, row_bytes, n_rows - row, n, panel, gate + coming, act, n_tokens, gate_sums)
-            by_few(up + first, row_bytes, n_rows - row, n, panel, up + coming, act, n_tokens, up_sums)
+    def use_registers(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, gate_sums):
+        """The rows that this thread takes, by up to FEW_TOKENS tokens."""
+        up_sums, scratch = gate_sums + TOTALS, gate_sums + 2 * TOTALS
+        row, last = take_rows(work, n_rows, nth, ROWS)
+        while row < last:
+            _, following, following_last = next_unit(work, n_rows, nth, ROWS, row, last)
+            now, coming = row * row_bytes, following * row_bytes
+            by_few(gate + now, row_bytes, n_rows - row, n, gate + coming, act, n_tokens, gate_sums, scratch)
+            by_few(up + now, row_bytes, n_rows - row, n, up + coming, act, n_tokens, up_sums, scratch)
+            finish_tile(gate_sums, up_sums, hidden, hidden_act, 0, n_tokens, row, n_rows)
+            row, last = following, following_last
+
+    return use_registers
+
+
+def make_use_panels(weights: ModuleType) -> Any:
+    product = make_panel_product(weights)
+    unpack, by_tile, by_slices = product.unpack, product.by_tile, product.by_slices
+    block_nbytes = product.block_nbytes
+
+    @device
+    def use_panel(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, row, coming, gate_sums):
+        up_sums, panel, now = gate_sums + TOTALS, gate_sums + 2 * TOTALS, row * row_bytes
+        if FEW_TOKENS < n_tokens <= SLICED_TOKENS:
+            by_slices(gate + now, row_bytes, n_rows - row, n, panel, gate + coming, act, n_tokens, gate_sums)
+            by_slices(up + now, row_bytes, n_rows - row, n, panel, up + coming, act, n_tokens, up_sums)
             finish_tile(gate_sums, up_sums, hidden, hidden_act, 0, n_tokens, row, n_rows)
             return
-        up_panel = panel + n // 32 * panel_block
-        unpack(gate + first, row_bytes, n_rows - row, n, panel, gate + coming)
-        unpack(up + first, row_bytes, n_rows - row, n, up_panel, up + coming)
+        up_panel = panel + n // 32 * block_nbytes
+        unpack(gate + now, row_bytes, n_rows - row, n, panel, gate + coming)
+        unpack(up + now, row_bytes, n_rows - row, n, up_panel, up + coming)
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
             if hidden_act:
@@ -130,11 +134,20 @@ def make_prefill_swiglu(weights: ModuleType) -> Any:
             finish_tile(gate_sums, up_sums, hidden, hidden_act, t, count, row, n_rows)
             act += tile_stride(n_groups_of(n))
 
-    return prefill_swiglu
+    @device
+    def use_panels(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, gate_sums):
+        """The panels that this thread takes, by many tokens."""
+        row = atomic_add(work, 1) * ROWS
+        while row < n_rows:
+            coming = (row + nth * ROWS) * row_bytes
+            use_panel(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, row, coming, gate_sums)
+            row = atomic_add(work, 1) * ROWS
+
+    return use_panels
 
 
 def make_swiglu(weights: ModuleType) -> Any:
-    decode_swiglu, prefill_swiglu = make_decode_swiglu(weights), make_prefill_swiglu(weights)
+    stream, use_registers, use_panels = make_stream(weights), make_use_registers(weights), make_use_panels(weights)
 
     def swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, count, scratch, scratch_bytes, work, ith, nth):
         """hidden[t] = silu(gate act[t]) * (up act[t]); gate, up: (n_rows, n), act: quantized rows.
@@ -143,14 +156,13 @@ def make_swiglu(weights: ModuleType) -> Any:
         hidden_act only where ROWS is a whole block.
         """
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
+        tiles = first_tile(act, n_groups_of(n))
         if is_streamed(n_tokens):
-            decode_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, mine)
-            return
-        act = first_tile(act, n_groups_of(n))
-        row = atomic_add(work, 1) * ROWS
-        while row < n_rows:
-            prefill_swiglu(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, row, n_tokens, nth, mine)
-            row = atomic_add(work, 1) * ROWS
+            stream(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, nth, work, mine)
+        elif n_tokens <= FEW_TOKENS:
+            use_registers(gate, up, row_bytes, n_rows, n, tiles, hidden, hidden_act, n_tokens, nth, work, mine)
+        else:
+            use_panels(gate, up, row_bytes, n_rows, n, tiles, hidden, hidden_act, n_tokens, nth, work, mine)
 
     return kernel(swiglu)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from .compiler import device, kernel
-from .mul_mat import SUMS, store_totals
 from .mul_mat_float import (
     STEP,
     TAIL_BYTES,
@@ -20,8 +19,9 @@ from .mul_mat_float import (
     tile_stride,
 )
 from .ops import swiglu_part
+from .panel import SUMS, store_totals
 from .scalar import load_i64
-from .shares import distance, is_streamed, next_unit, rows_of_unit, take_rows
+from .shares import distance, is_float_streamed, next_unit, rows_of_unit, take_rows
 from .simd import W, make_transpose_rows, prefetch_write
 from .weights import floats
 from .widths import FLOAT_TILE_TOKENS, LINE
@@ -76,7 +76,7 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
 
     @device
     def decode_swiglu(gate, up, n_rows, n, x, n_tokens, hidden, row, end, coming, scratch):
-        """Rows row .. end - 1 by up to STREAMED_TOKENS tokens; those from `coming` on will be next."""
+        """Rows row .. end - 1 by up to FLOAT_STREAMED_TOKENS tokens; those from `coming` on will be next."""
         row_bytes = n * size
         sums = scratch + TAIL_BYTES + 8 * W * W
         n_now, stride = end - row, 4 * (end - row)
@@ -99,11 +99,11 @@ def make_swiglu(weights: floats.FloatWeights) -> Any:
         n_tokens, mine = load_i64(count), scratch + ith * scratch_bytes
         if n_tokens == 0:
             return
-        unit = rows_of_unit(n * size) if is_streamed(n_tokens) else ROWS
+        unit = rows_of_unit(n * size) if is_float_streamed(n_tokens) else ROWS
         row, last = take_rows(work, n_rows, nth, unit)
         while row < last:
             end, following, following_last = next_unit(work, n_rows, nth, unit, row, last)
-            if is_streamed(n_tokens):
+            if is_float_streamed(n_tokens):
                 decode_swiglu(gate, up, n_rows, n, x, n_tokens, hidden, row, end, following, mine)
             else:
                 prefill_swiglu(gate, up, n_rows, n, chained, hidden, hidden_chained, row, following, n_tokens, mine)

@@ -18,8 +18,11 @@ TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 2
-# Tokens up to which a product streams its rows from the file, each token in turn; more need a panel.
-STREAMED_TOKENS = 3
+# Of the tiles of rows in registers, for a few tokens more; and up to how many tokens, in turn, they beat panels.
+ROW_TILE_TOKENS = (2, 4, 6, 8, 12) if REGISTERS == 32 else (2, 4, 6, 8) if FLOATS_IN_MEMORY else (2, 4, 6)
+FEW_TOKENS = 24 if REGISTERS == 32 else ROW_TILE_TOKENS[-1]
+SLICED_TOKENS = 4 * TILE_TOKENS  # up to which a panel is unpacked and used slice by slice
+FLOAT_STREAMED_TOKENS = 3  # up to which a float product streams its rows from the file, each token in turn
 FLOAT_TILE_TOKENS = 6  # of the tile of a float product: one sum a value
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
@@ -65,7 +68,7 @@ def padded_head(n_embd_head: int) -> int:
 def panel_nbytes(n: int) -> int:
     """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums."""
     runs = -(-n // PANEL_ROWS)
-    sums = 2 * 4 * PANEL_ROWS * 6 * TILE_TOKENS
+    sums = 2 * 4 * PANEL_ROWS * (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS)
     return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192
 
 

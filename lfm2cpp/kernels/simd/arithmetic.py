@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 
 from ..portable import multiply_add
 from ..scalar import I16, I32
@@ -109,6 +110,20 @@ def reciprocal(builder, a):
 def bits_to_f32(builder, a):
     """Reinterpret"""
     return builder.bitcast(a, F32_VECTOR)
+
+
+@vector_op(types.UniTuple(f32, 2), i32, int64)
+def i8_of_lanes(builder, a, i):
+    """Of the four int8 in each lane: number i and the one behind it, as float32"""
+    bits = builder.mul(builder.trunc(i, I32), ir.Constant(I32, 8))
+    from_i = builder.lshr(a, splat(builder, bits, W))
+    two_bytes, three_bytes = (constant(I32_VECTOR, n) for n in (16, 24))
+    first = builder.ashr(builder.shl(from_i, three_bytes), three_bytes)
+    second = builder.ashr(builder.shl(from_i, two_bytes), three_bytes)
+    result = ir.Constant(ir.ArrayType(F32_VECTOR, 2), ir.Undefined)
+    for place, value in enumerate((first, second)):
+        result = builder.insert_value(result, builder.sitofp(value, F32_VECTOR), place)
+    return result
 
 
 @vector_op(bytes_, bytes_)

@@ -103,16 +103,22 @@ def store_bf16(builder, address, value):
     store_vector(builder, address, builder.trunc(builder.lshr(rounded, constant(I32_VECTOR, 16)), I16_VECTOR))
 
 
-@vector_op(f32, int64)
-def load_i8_as_f32(builder, address):
-    """W int8 at address, as float32"""
-    return builder.sitofp(load_vector(builder, address, I8_LANES), F32_VECTOR)
-
-
 @vector_op(types.void, int64, i32)
 def store_i8(builder, address, value):
     """W int32 to int8 at address; the values must fit"""
     store_vector(builder, address, builder.trunc(value, I8_LANES))
+
+
+def make_store_apart(n, vector):
+    """store(address, stride, values): n vectors of a type, `stride` bytes apart."""
+
+    @vector_op(types.void, int64, int64, types.UniTuple(vector, n))
+    def store(builder, address, stride, values):
+        for i in range(n):
+            where = builder.add(address, builder.mul(stride, ir.Constant(I64, i)))
+            store_vector(builder, where, builder.extract_value(values, i))
+
+    return store
 
 
 SECOND_LEVEL, NEXT_TO_CORE = 2, 3  # caches, as LLVM counts them

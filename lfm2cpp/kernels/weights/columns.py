@@ -1,68 +1,44 @@
-"""What lies row by row in the file and side by side in a panel: integers, and the scales and minima of their blocks.
+"""What lies row by row in the file and side by side for a tile: the integers of a block of 32 columns of W rows.
 
-A vector of scales put together one by one would keep the shuffle unit busy for longer than the integers do. So they are
-first copied as they are, all of a panel's, with the moves that scalars take, and widened when the block's turn comes: a
-vector load right behind the narrow stores would have to wait for them.
+They are eight vectors, in columns (dot_tile.py) of 4 columns of every row each, in pairs of 8 columns of 2 rows.
 """
 
 from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
-from lfm2cpp.kernels.scalar import load_u8, load_u16, store_i8, store_i16
-from lfm2cpp.kernels.simd import (
-    W,
-    gather_pieces,
-    high_halves,
-    load_f16,
-    load_i8_as_f32,
-    low_halves,
-    store_f32,
-    transpose_4,
-)
+from lfm2cpp.kernels.simd import gather_pieces, high_halves, low_halves, transpose_4
 from lfm2cpp.kernels.widths import PAIRS
 
 
 @device
 def interleave_rows(pieces, row_bytes):
-    """16 bytes of W rows, from `pieces` on, as four vectors for the tile (dot_tile.py)
+    """16 bytes of W rows, from `pieces` on, as four vectors
 
     In columns, vector j holds bytes 4 j .. 4 j + 3 of every row. In pairs, vector 2 j + p holds bytes 8 j .. 8 j + 7 of
     rows 2 p and 2 p + 1.
     """
-    a = gather_pieces(pieces, 4 * row_bytes)
-    b = gather_pieces(pieces + row_bytes, 4 * row_bytes)
-    c = gather_pieces(pieces + 2 * row_bytes, 4 * row_bytes)
-    d = gather_pieces(pieces + 3 * row_bytes, 4 * row_bytes)
+    a, b, c, d = gather_rows(pieces, row_bytes)
     if PAIRS:
         return low_halves(a, b), low_halves(c, d), high_halves(a, b), high_halves(c, d)
     return transpose_4(a, b, c, d)
 
 
 @device
-def copy_f16(rows, row_bytes, out):
-    """2 W float16, one a row"""
-    for r in range(2 * W):
-        store_i16(out + 2 * r, load_u16(rows))
-        rows += row_bytes
+def interleave_columns(pieces, row_bytes):
+    """16 bytes of W rows as vectors of 4 columns, whatever the tile wants"""
+    a, b, c, d = gather_rows(pieces, row_bytes)
+    return transpose_4(a, b, c, d)
 
 
 @device
-def widen_f16(raw, out):
-    """What copy_f16 left, as 2 W float32"""
-    store_f32(out, load_f16(raw))
-    store_f32(out + 4 * W, load_f16(raw + 2 * W))
+def gather_rows(pieces, row_bytes):
+    """16 bytes of W rows: piece i of vector k is row 4 i + k."""
+    step = 4 * row_bytes
+    a, b = gather_pieces(pieces, step), gather_pieces(pieces + row_bytes, step)
+    return a, b, gather_pieces(pieces + 2 * row_bytes, step), gather_pieces(pieces + 3 * row_bytes, step)
 
 
 @device
-def copy_i8(rows, row_bytes, out):
-    """2 W int8, one a row"""
-    for r in range(2 * W):
-        store_i8(out + r, load_u8(rows))
-        rows += row_bytes
-
-
-@device
-def widen_i8(raw, out):
-    """What copy_i8 left, as 2 W float32"""
-    store_f32(out, load_i8_as_f32(raw))
-    store_f32(out + 4 * W, load_i8_as_f32(raw + W))
+def rows_in_file(w, row_bytes, n_blocks, room):
+    """prepare_rows of a type whose blocks are used as they lie in the file"""
+    return w

@@ -14,7 +14,6 @@ from lfm2cpp.kernels.simd import (
     load_bytes,
     low_nibbles,
     splat_i32,
-    store_bytes,
     sum_pieces_small,
 )
 
@@ -50,9 +49,8 @@ def make_sum_nibbles(block_bytes: int) -> Any:
 
 
 @device
-def unpack_nibbles(qs, row_bytes, out):
-    """One block of W rows, a byte a nibble, interleaved for the tile; qs: the first row's nibbles."""
-    q = interleave_rows(qs, row_bytes)
-    for j in range(4):
-        store_bytes(out + j * (8 * W), low_nibbles(q[j]))
-        store_bytes(out + (4 + j) * (8 * W), high_nibbles(q[j]))
+def interleave_nibbles(qs, row_bytes):
+    """One block of W rows, a byte a nibble, as eight vectors (columns.py); qs: the first row's nibbles."""
+    a, b, c, d = interleave_rows(qs, row_bytes)
+    low = low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d)
+    return low + (high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
-from lfm2cpp.kernels.simd import W, fma, load_f32, load_i32, make_gather_f16, to_f32
-from lfm2cpp.kernels.widths import ACT_D, ACT_Z8
+from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, load_i32, make_gather_f16, to_f32
+from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z8
 
-from .columns import copy_f16, widen_f16
-from .nibbles import make_sum_nibbles, unpack_nibbles
+from .columns import rows_in_file
+from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 18
-PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
-RAW_SCALES = 4 * W  # bytes of them as in the file
+N_SCALES = 1
 QS = 2  # offset of the nibbles in a block
-SCALES = 64 * W  # offset in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
+prepare_rows = rows_in_file
 
 
 @device
@@ -33,25 +32,23 @@ def dot_group(acc, w, act, n_groups, g, far):
 
 
 @device
-def copy_scales(w, row_bytes, b, raw):
-    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
+def block_columns(w, row_bytes, b):
+    return interleave_nibbles(w + b * BLOCK_BYTES + QS, row_bytes)
 
 
 @device
-def unpack_block(w, row_bytes, b, raw, panel):
-    rows = w + b * BLOCK_BYTES
-    for half in range(2):
-        unpack_nibbles(rows + half * W * row_bytes + QS, row_bytes, panel + half * (4 * W))
-    widen_f16(raw, panel + SCALES)
+def block_scales(w, row_bytes, b):
+    return (gather_f16(w + b * BLOCK_BYTES, row_bytes),)
 
 
 def finish_block(tile):
     dot, scale = tile.dot_u4, tile.scale
 
     @device
-    def finish(f, panel, a, tables, n_groups):
-        sums = dot(tables + n_groups * ACT_Z8, panel, a)
-        return scale(f, sums, panel + SCALES, tables + n_groups * ACT_D)
+    def finish(f, q, scales, a, tables, n_groups):
+        next_tile = n_groups * ACT_GROUP
+        sums = dot(tables + n_groups * ACT_Z8, q, a, next_tile)
+        return scale(f, sums, scales[0], tables + n_groups * ACT_D, next_tile)
 
     return finish
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
-from lfm2cpp.kernels.simd import W, fma, load_f32, make_gather_f16, to_f32
-from lfm2cpp.kernels.widths import ACT_D, ACT_DS
+from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, make_gather_f16, to_f32
+from lfm2cpp.kernels.widths import ACT_D, ACT_DS, ACT_GROUP
 
-from .columns import copy_f16, widen_f16
-from .nibbles import make_sum_nibbles, unpack_nibbles
+from .columns import rows_in_file
+from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 20
-PANEL_BLOCK = 64 * W + 16 * W  # 32 columns of 2 W rows, their scales, their minima
-RAW_SCALES = 8 * W  # bytes of them as in the file
+N_SCALES = 2  # and minima
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
-SCALES, MINIMA = 64 * W, 72 * W  # offsets in a panel block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
+prepare_rows = rows_in_file
 
 
 @device
@@ -33,27 +32,24 @@ def dot_group(acc, w, act, n_groups, g, far):
 
 
 @device
-def copy_scales(w, row_bytes, b, raw):
-    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
-    copy_f16(w + b * BLOCK_BYTES + M, row_bytes, raw + 4 * W)
+def block_columns(w, row_bytes, b):
+    return interleave_nibbles(w + b * BLOCK_BYTES + QS, row_bytes)
 
 
 @device
-def unpack_block(w, row_bytes, b, raw, panel):
-    rows = w + b * BLOCK_BYTES
-    for half in range(2):
-        unpack_nibbles(rows + half * W * row_bytes + QS, row_bytes, panel + half * (4 * W))
-    widen_f16(raw, panel + SCALES)
-    widen_f16(raw + 4 * W, panel + MINIMA)
+def block_scales(w, row_bytes, b):
+    block = w + b * BLOCK_BYTES
+    return gather_f16(block, row_bytes), gather_f16(block + M, row_bytes)
 
 
 def finish_block(tile):
     dot, scale_and_add = tile.dot_u4_alone, tile.scale_and_add
 
     @device
-    def finish(f, panel, a, tables, n_groups):
-        d, ds = tables + n_groups * ACT_D, tables + n_groups * ACT_DS
-        return scale_and_add(f, dot(panel, a), panel + SCALES, d, panel + MINIMA, ds)
+    def finish(f, q, scales, a, tables, n_groups):
+        next_tile = n_groups * ACT_GROUP
+        sums, d, ds = dot(q, a, next_tile), tables + n_groups * ACT_D, tables + n_groups * ACT_DS
+        return scale_and_add(f, sums, scales[0], d, scales[1], ds, next_tile)
 
     return finish
 

@@ -14,31 +14,37 @@ from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
+    bytes_,
     fma,
+    gather_f16,
     gather_i8_pairs,
     gather_pieces_2,
     high_nibbles,
+    i8_of_lanes,
     load_bytes,
     load_f32,
     load_i32,
     low_nibbles,
+    make_store_apart,
     repeat_f16,
     splat_i32,
     splat_u8,
-    store_bytes,
     sum_pieces_i16,
     to_f32,
 )
-from lfm2cpp.kernels.widths import ACT_D, ACT_Z32_HIGH, ACT_Z32_LOW
+from lfm2cpp.kernels.simd import store_f32 as store_vector
+from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW
 
-from .columns import copy_f16, copy_i8, interleave_rows, widen_f16, widen_i8
+from .columns import interleave_columns, interleave_rows
 
 BLOCK, BLOCK_BYTES = 256, 210
-PANEL_BLOCK = 64 * W + 24 * W  # 32 columns of 2 W rows, scales of each 16, d
-RAW_SCALES = 8 * W  # bytes of them as in the file
+N_SCALES = 3  # d, and the scales of each 16
+PREPARED = 212  # bytes a row of a block that prepare_rows has laid out: d is float32
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
-LOW_SCALES, HIGH_SCALES, PANEL_D = 64 * W, 72 * W, 80 * W  # offsets in a panel block
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
+
+
+store_quads = make_store_apart(4, bytes_)
 
 
 @device
@@ -90,47 +96,53 @@ def dot_group(acc, w, act, n_groups, g, far):
 
 
 @device
-def _unpack_16(rows, row_bytes, ql, qh, quarter, out):
-    """16 columns of W rows: ql and qh are offsets of their bytes in the block."""
-    lows = interleave_rows(rows + ql, row_bytes)
-    highs = interleave_rows(rows + qh, row_bytes)
-    for j in range(4):
-        store_bytes(out + j * (8 * W), _bits(lows[j], highs[j], quarter))
+def prepare_rows(w, row_bytes, n_blocks, room):
+    """The rows' bytes side by side, block after block: up to four blocks of 32 columns use the same ones"""
+    for _ in range(n_blocks // 8):
+        for piece in range(0, SCALES, 16):
+            store_quads(room + piece * W, 4 * W, interleave_rows(w + piece, row_bytes))
+        store_quads(room + SCALES * W, 4 * W, interleave_columns(w + SCALES, row_bytes))
+        store_vector(room + D * W, gather_f16(w + D, row_bytes))
+        w += BLOCK_BYTES
+        room += PREPARED * W
+    return room - n_blocks // 8 * (PREPARED * W)
 
 
 @device
-def copy_scales(w, row_bytes, b, raw):
-    block = w + (b // 8) * BLOCK_BYTES
-    scales = block + SCALES + 2 * (b % 8)
-    copy_f16(block + D, row_bytes, raw)
-    copy_i8(scales, row_bytes, raw + 4 * W)
-    copy_i8(scales + 1, row_bytes, raw + 6 * W)
+def block_columns(rows, _, b):
+    block, half, quarter = rows + b // 8 * (PREPARED * W), b // 4 % 2, b % 4
+    low, high = block + (64 * half + 32 * (quarter % 2)) * W, block + (QH + 32 * half) * W
+    first = _bits_of_16(low, high, quarter)
+    return first + _bits_of_16(low + 16 * W, high + 16 * W, quarter)
 
 
 @device
-def unpack_block(w, row_bytes, b, raw, panel):
-    block = w + (b // 8) * BLOCK_BYTES
-    half, quarter = (b // 4) % 2, b % 4
-    ql, qh = 64 * half + 32 * (quarter % 2), QH + 32 * half
-    for side in range(2):
-        rows = block + side * W * row_bytes
-        out = panel + side * (4 * W)
-        _unpack_16(rows, row_bytes, ql, qh, quarter, out)
-        _unpack_16(rows, row_bytes, ql + 16, qh + 16, quarter, out + 32 * W)
-    widen_f16(raw, panel + PANEL_D)
-    widen_i8(raw + 4 * W, panel + LOW_SCALES)
-    widen_i8(raw + 6 * W, panel + HIGH_SCALES)
+def _bits_of_16(ql, qh, quarter):
+    return (
+        _bits(load_bytes(ql), load_bytes(qh), quarter),
+        _bits(load_bytes(ql + 4 * W), load_bytes(qh + 4 * W), quarter),
+        _bits(load_bytes(ql + 8 * W), load_bytes(qh + 8 * W), quarter),
+        _bits(load_bytes(ql + 12 * W), load_bytes(qh + 12 * W), quarter),
+    )
+
+
+@device
+def block_scales(rows, _, b):
+    block, pair = rows + b // 8 * (PREPARED * W), b % 8
+    low, high = i8_of_lanes(load_i32(block + (SCALES + pair // 2 * 4) * W), 2 * (pair % 2))
+    return load_f32(block + D * W), low, high
 
 
 def finish_block(tile):
-    dot, scale_halves = tile.dot_u6_half, tile.scale_halves
+    dot_low, dot_high, scale_halves = tile.dot_u6_low, tile.dot_u6_high, tile.scale_halves
 
     @device
-    def finish(f, panel, a, tables, n_groups):
-        low = dot(tables + n_groups * ACT_Z32_LOW, panel, a)
-        high = dot(tables + n_groups * ACT_Z32_HIGH, panel + 32 * W, a + HALF)
-        factors, scales = panel + LOW_SCALES, panel + PANEL_D  # sums are exact: below 2**24
-        return scale_halves(f, low, factors, high, panel + HIGH_SCALES, scales, tables + n_groups * ACT_D)
+    def finish(f, q, scales, a, tables, n_groups):
+        next_tile = n_groups * ACT_GROUP
+        low = dot_low(tables + n_groups * ACT_Z32_LOW, q, a, next_tile)
+        high = dot_high(tables + n_groups * ACT_Z32_HIGH, q, a + HALF, next_tile)
+        # sums are exact: below 2**24
+        return scale_halves(f, low, scales[1], high, scales[2], scales[0], tables + n_groups * ACT_D, next_tile)
 
     return finish
 

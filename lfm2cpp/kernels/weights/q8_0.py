@@ -15,20 +15,18 @@ from lfm2cpp.kernels.simd import (
     load_f32,
     load_i32,
     splat_i32,
-    store_bytes,
     sum_pieces,
     to_f32,
 )
-from lfm2cpp.kernels.widths import ACT_D, ACT_Z128
+from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z128
 
-from .columns import copy_f16, interleave_rows, widen_f16
+from .columns import interleave_rows, rows_in_file
 
 BLOCK, BLOCK_BYTES = 32, 34
-PANEL_BLOCK = 64 * W + 8 * W  # 32 columns of 2 W rows, their scales
-RAW_SCALES = 4 * W  # bytes of them as in the file
+N_SCALES = 1
 QS = 2  # offset of the integers in a block
-SCALES = 64 * W  # offset in a panel block
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
+prepare_rows = rows_in_file
 
 
 @device
@@ -61,30 +59,27 @@ def dot_group(acc, w, act, n_groups, g, far):
 
 
 @device
-def copy_scales(w, row_bytes, b, raw):
-    copy_f16(w + b * BLOCK_BYTES, row_bytes, raw)
+def block_columns(w, row_bytes, b):
+    qs = w + b * BLOCK_BYTES + QS
+    a, b, c, d = interleave_rows(qs, row_bytes)
+    first = panel_i8(a), panel_i8(b), panel_i8(c), panel_i8(d)
+    a, b, c, d = interleave_rows(qs + 16, row_bytes)
+    return first + (panel_i8(a), panel_i8(b), panel_i8(c), panel_i8(d))
 
 
 @device
-def unpack_block(w, row_bytes, b, raw, panel):
-    rows = w + b * BLOCK_BYTES
-    for half in range(2):
-        out = panel + half * (4 * W)
-        for part in range(2):
-            pieces = rows + half * W * row_bytes + QS + 16 * part
-            q = interleave_rows(pieces, row_bytes)
-            for j in range(4):
-                store_bytes(out + (4 * part + j) * (8 * W), panel_i8(q[j]))
-    widen_f16(raw, panel + SCALES)
+def block_scales(w, row_bytes, b):
+    return (gather_f16(w + b * BLOCK_BYTES, row_bytes),)
 
 
 def finish_block(tile):
     dot, scale = tile.dot_i8, tile.scale
 
     @device
-    def finish(f, panel, a, tables, n_groups):
-        sums = dot(tables + n_groups * ACT_Z128, panel, a)
-        return scale(f, sums, panel + SCALES, tables + n_groups * ACT_D)
+    def finish(f, q, scales, a, tables, n_groups):
+        next_tile = n_groups * ACT_GROUP
+        sums = dot(tables + n_groups * ACT_Z128, q, a, next_tile)
+        return scale(f, sums, scales[0], tables + n_groups * ACT_D, next_tile)
 
     return finish
 

@@ -1,0 +1,204 @@
+"""A panel of 2 W rows of weights, unpacked into per-thread scratch and used by tile after tile of many tokens.
+
+It lies in the second-level cache. Chain by chain (the blocks b with the same b % W, in order), each block of 32 columns
+as the 8 vectors of every W rows (weights/columns.py), then its scales as float32, one a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .activation import n_groups_of, tile_stride
+from .compiler import device
+from .dot_tile import BLOCK, ENTRY, PANEL, make_dot_tile
+from .scalar import keep_apart, load_u8, store_i8
+from .scalar import load_f32 as load_scalar
+from .scalar import store_f32 as store_scalar
+from .simd import (
+    W,
+    bytes_,
+    f32,
+    load_f32,
+    make_prefetch_lines,
+    make_store_apart,
+    prefetch_near,
+    prefetch_write,
+    splat_f32,
+    store_f32,
+)
+from .widths import FEW_TOKENS, LINE, MEDIUM_TILE_TOKENS, SLICED_TOKENS, SMALL_TILE_TOKENS, TILE_TOKENS
+
+VECTOR = 4 * W  # bytes
+SUMS = 2 * VECTOR  # bytes of one token's sums of the rows of a panel
+SCALES = 16 * VECTOR  # offset in a block of a panel
+TOTALS = (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS) * SUMS  # bytes of the sums of some tokens, and of a chain
+
+
+@dataclass(frozen=True)
+class PanelProduct:
+    """For a block type. totals: SUMS bytes a token."""
+
+    block_nbytes: int  # of a panel's 32 columns
+    unpack: Any  # (w, row_bytes, n_rows, n, panel, coming): a panel of n_rows rows at w; those at `coming` will be next
+    by_tile: Any  # (panel, n, act, count, totals): totals = the panel by the first `count` tokens of a tile
+    by_slices: Any  # (w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals): both, for SLICED_TOKENS or less
+
+
+def file_nbytes(weights: ModuleType) -> int:
+    """Bytes in the file of 32 columns of W rows."""
+    return W * weights.BLOCK_BYTES // (weights.BLOCK // 32)
+
+
+@cache
+def make_panel_product(weights: ModuleType) -> PanelProduct:
+    prepare_rows, block_columns, block_scales = weights.prepare_rows, weights.block_columns, weights.block_scales
+    n_scales = weights.N_SCALES
+    store_columns, store_scales = make_store_apart(8, bytes_), make_store_apart(n_scales, f32)
+    block_nbytes, asked = SCALES + n_scales * SUMS, 2 * file_nbytes(weights)
+    ask_for_block = make_prefetch_lines(range(0, asked, LINE), False)
+    widths = TILE_TOKENS, MEDIUM_TILE_TOKENS, SMALL_TILE_TOKENS  # of which the last two may be one
+    run_tiles = {n_tokens: _make_run_tiles(weights, n_tokens, block_nbytes) for n_tokens in widths}
+    wide, medium, small = (run_tiles[n_tokens] for n_tokens in widths)
+
+    @device
+    def prepare(w, row_bytes, n_rows, n_blocks, room):
+        """W rows and W more, completed if they are the last ones, as unpack_chains takes them"""
+        w = whole_rows(w, row_bytes, n_rows, room)
+        room += 2 * W * row_bytes
+        low = prepare_rows(w, row_bytes, n_blocks, room)
+        return low, prepare_rows(w + W * row_bytes, row_bytes, n_blocks, room + n_blocks * block_nbytes)
+
+    @device
+    def unpack_chains(low, high, row_bytes, first, last, n_blocks, panel, coming):
+        keep_apart()
+        for c in range(first, last):
+            for b in range(c, n_blocks, W):
+                ask_for_block(coming + b * asked)
+                store_columns(panel, SUMS, block_columns(low, row_bytes, b))
+                store_scales(panel + SCALES, SUMS, block_scales(low, row_bytes, b))
+                store_columns(panel + VECTOR, SUMS, block_columns(high, row_bytes, b))
+                store_scales(panel + VECTOR + SCALES, SUMS, block_scales(high, row_bytes, b))
+                panel += block_nbytes
+
+    @device
+    def unpack(w, row_bytes, n_rows, n, panel, coming):
+        n_blocks = n // 32
+        low, high = prepare(w, row_bytes, n_rows, n_blocks, panel + n_blocks * block_nbytes)
+        unpack_chains(low, high, row_bytes, np.int64(0), min(W, n_blocks), n_blocks, panel, coming)
+
+    @device
+    def by_tile(panel, n, act, count, totals):
+        clear_totals(totals, TILE_TOKENS)
+        chains_by_tiles(panel, np.int64(0), min(W, n // 32), n, act, count, totals, totals + TILE_TOKENS * SUMS)
+
+    @device
+    def chains_by_tiles(panel, first, last, n, act, n_tokens, totals, room):
+        n_blocks, n_groups = n // 32, n_groups_of(n)
+        n_tiles, left = divmod(n_tokens, TILE_TOKENS)
+        if left > MEDIUM_TILE_TOKENS:
+            n_tiles, left = n_tiles + 1, 0
+        if n_tiles:
+            wide(panel, first, last, n_blocks, n_groups, act, n_tiles, totals, room)
+        act, totals = act + n_tiles * tile_stride(n_groups), totals + n_tiles * (TILE_TOKENS * SUMS)
+        if left > SMALL_TILE_TOKENS:
+            medium(panel, first, last, n_blocks, n_groups, act, np.int64(1), totals, room)
+        elif left:
+            small(panel, first, last, n_blocks, n_groups, act, np.int64(1), totals, room)
+
+    @device
+    def by_slices(w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals):
+        n_blocks, room = n // 32, totals + (SLICED_TOKENS + TILE_TOKENS) * SUMS
+        low, high = prepare(w, row_bytes, n_rows, n_blocks, panel + n_groups_of(n) * block_nbytes)
+        clear_totals(totals, n_tokens + TILE_TOKENS)
+        for c in range(min(W, n_blocks)):
+            unpack_chains(low, high, row_bytes, c, c + 1, n_blocks, panel, coming)
+            chains_by_tiles(panel, c, c + 1, n, act, n_tokens, totals, room)
+
+    return PanelProduct(block_nbytes, unpack, by_tile, by_slices)
+
+
+def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> Any:
+    """Chains of a panel by the first n_tokens tokens of each of some tiles."""
+    tile = make_dot_tile(n_tokens, PANEL)
+    zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
+    ask_for_block = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK, LINE), False)
+
+    @device
+    def run_tiles(panel, first, last, n_blocks, n_groups, act, n_tiles, totals, room):
+        """totals += the products of chains first .. last - 1, which are at `panel`, with n_tiles tiles of tokens.
+
+        Meanwhile it asks for the same blocks of the tile that follows, which may no longer be near. The sums of a chain
+        may lie at `room`, TILE_TOKENS * SUMS bytes.
+        """
+        keep_apart()
+        ahead = tile_stride(n_groups)
+        for _ in range(n_tiles):
+            block = panel
+            for c in range(first, last):
+                f = zero(room)
+                a = act + c * n_groups * (TILE_TOKENS * BLOCK)
+                tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
+                for _ in range(c, n_blocks, W):
+                    ask_for_block(a + ahead)
+                    scales = block + SCALES
+                    scales = scales, scales + SUMS, scales + 2 * SUMS  # as many of them as there are
+                    f = finish(f, block, scales, a, tables, TILE_TOKENS * n_groups)
+                    block += block_nbytes
+                    a += TILE_TOKENS * BLOCK
+                    tables += TILE_TOKENS * ENTRY
+                add_to(totals, f)
+            totals += TILE_TOKENS * SUMS
+            act += tile_stride(n_groups)
+
+    return run_tiles
+
+
+@device
+def clear_totals(totals, n_tokens):
+    for i in range(0, n_tokens * SUMS, VECTOR):
+        store_f32(totals + i, splat_f32(0.0))
+
+
+@device
+def whole_rows(w, row_bytes, n_rows, scratch):
+    """Address of 2 W rows: w, or a copy completed with zeros where fewer are left."""
+    if n_rows >= 2 * W:
+        return w
+    for i in range(n_rows * row_bytes):
+        store_i8(scratch + i, load_u8(w + i))
+    for i in range(n_rows * row_bytes, 2 * W * row_bytes):
+        store_i8(scratch + i, 0)
+    return scratch
+
+
+@device
+def ask_for_totals(out, add, t, count, row, n_rows):
+    """Ask for what store_totals will read and write: elsewhere it would wait for line after line."""
+    for i in range(count):
+        where = 4 * ((t + i) * n_rows + row)
+        for line in range(0, SUMS, LINE):
+            if add:
+                prefetch_near(add + where + line)
+            prefetch_write(out + where + line)
+
+
+@device
+def store_totals(totals, out, add, t, count, row, n_rows):
+    """Sums of tokens t .. t + count - 1, rows row .. row + 2 W - 1 as far as there are, to out: (n_tokens, n_rows)"""
+    for i in range(count):
+        sums, where = totals + i * SUMS, 4 * ((t + i) * n_rows + row)
+        if row + 2 * W <= n_rows:
+            for half in range(0, SUMS, 4 * W):
+                value = load_f32(sums + half)
+                if add:
+                    value = value + load_f32(add + where + half)
+                store_f32(out + where + half, value)
+        else:
+            for r in range(0, 4 * (n_rows - row), 4):
+                below = load_scalar(add + where + r) if add else np.float32(0.0)
+                store_scalar(out + where + r, load_scalar(sums + r) + below)
