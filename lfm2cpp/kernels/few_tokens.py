@@ -14,7 +14,7 @@ from .activation import n_groups_of, tile_stride
 from .compiler import device
 from .dot_tile import BLOCK, ENTRY, REGISTERS, make_dot_tile
 from .panel import SUMS, VECTOR, clear_totals, file_nbytes, whole_rows
-from .scalar import keep_apart
+from .scalar import hold, keep_apart
 from .simd import W, make_prefetch_lines
 from .widths import FEW_TOKENS, LINE, ROW_TILE_TOKENS, TILE_TOKENS
 
@@ -75,8 +75,8 @@ def _make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
         keep_apart()
         for c in range(min(W, n_blocks)):
             f = zero(room)
-            a = act + c * n_groups * (TILE_TOKENS * BLOCK)
-            tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
+            a = hold(act + c * n_groups * (TILE_TOKENS * BLOCK))
+            tables = hold(act + c * n_groups * (TILE_TOKENS * ENTRY))
             for b in range(c, n_blocks, W):
                 ask_for_block(coming + b * (2 * nbytes))
                 q, scales = block_columns(w, row_bytes, b), block_scales(w, row_bytes, b)

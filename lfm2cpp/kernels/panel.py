@@ -16,7 +16,7 @@ import numpy as np
 from .activation import n_groups_of, tile_stride
 from .compiler import device
 from .dot_tile import BLOCK, ENTRY, PANEL, make_dot_tile
-from .scalar import keep_apart, load_u8, store_i8
+from .scalar import hold, keep_apart, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .simd import (
@@ -141,8 +141,8 @@ def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> An
             block = panel
             for c in range(first, last):
                 f = zero(room)
-                a = act + c * n_groups * (TILE_TOKENS * BLOCK)
-                tables = act + c * n_groups * (TILE_TOKENS * ENTRY)
+                a = hold(act + c * n_groups * (TILE_TOKENS * BLOCK))
+                tables = hold(act + c * n_groups * (TILE_TOKENS * ENTRY))
                 for _ in range(c, n_blocks, W):
                     ask_for_block(a + ahead)
                     scales = block + SCALES

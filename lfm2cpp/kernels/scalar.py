@@ -97,6 +97,18 @@ def keep_apart(typingctx: Any) -> Any:
 
 
 @intrinsic
+def hold(typingctx: Any, address: Any) -> Any:
+    """The same address in a register of its own. LLVM would see through it to what it is the sum of, and then keep the
+    parts, and their sums with every other address of a loop, in more registers than there are.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", list(args), side_effect=False)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def align_stack(typingctx: Any) -> Any:
     """First line of a kernel, as keep_apart is of a helper: vectors for which there is no register lie aligned.
 
