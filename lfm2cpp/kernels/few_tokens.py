@@ -26,8 +26,7 @@ assert FEW_TOKENS <= WIDEST or WIDEST % TILE_TOKENS == 0  # where a second tile 
 def make_few_tokens(weights: ModuleType) -> Any:
     """by_few(w, row_bytes, n_rows, n, coming, act, n_tokens, totals, scratch): totals, SUMS bytes a token, = up to 2 W
     of the n_rows rows at w by up to FEW_TOKENS tokens; the rows at `coming` will be next."""
-    run_rows, half_nbytes = _make_run_rows(weights, ROW_TILE_TOKENS), file_nbytes(weights)
-    prepare_rows = weights.prepare_rows
+    run_rows, prepare_rows = _make_run_rows(weights, ROW_TILE_TOKENS), weights.prepare_rows
 
     @device
     def by_few(w, row_bytes, n_rows, n, coming, act, n_tokens, totals, scratch):
@@ -37,10 +36,11 @@ def make_few_tokens(weights: ModuleType) -> Any:
         clear_totals(totals, n_tokens + TILE_TOKENS)
         for half in range(2):
             rows = prepare_rows(w + half * W * row_bytes, row_bytes, n_blocks, scratch + 2 * W * row_bytes)
-            sums, ahead = totals + half * VECTOR, coming + half * half_nbytes
+            sums = totals + half * VECTOR
             for t in range(0, n_tokens, WIDEST):
                 tiles = act + t // TILE_TOKENS * tile_stride(n_groups)
-                run_rows(n_tokens - t, rows, row_bytes, ahead, n_blocks, n_groups, tiles, sums + t * SUMS, room)
+                run_rows(n_tokens - t, rows, row_bytes, coming, n_blocks, n_groups, tiles, sums + t * SUMS, room)
+            coming += W * row_bytes
 
     return by_few
 
@@ -78,7 +78,8 @@ def _make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
             a = hold(act + c * n_groups * (TILE_TOKENS * BLOCK))
             tables = hold(act + c * n_groups * (TILE_TOKENS * ENTRY))
             for b in range(c, n_blocks, W):
-                ask_for_block(coming + b * (2 * nbytes))
+                ask_for_block(coming)
+                coming += nbytes
                 q, scales = block_columns(w, row_bytes, b), block_scales(w, row_bytes, b)
                 f = finish(f, q, scales, a, tables, TILE_TOKENS * n_groups)
                 a += TILE_TOKENS * BLOCK

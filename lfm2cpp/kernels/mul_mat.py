@@ -145,7 +145,7 @@ def make_use_panels(weights: ModuleType) -> Any:
     @device
     def use_panel(w, row_bytes, n_rows, n, panel, act, n_tokens, out, add, row, coming, totals):
         rows = w + row * row_bytes
-        if FEW_TOKENS < n_tokens <= SLICED_TOKENS:
+        if FEW_TOKENS < n_tokens <= SLICED_TOKENS:  # at some levels no number is
             by_slices(rows, row_bytes, n_rows - row, n, panel, coming, act, n_tokens, totals)
             store_totals(totals, out, add, 0, n_tokens, row, n_rows)
             return

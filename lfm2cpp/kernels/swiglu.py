@@ -115,7 +115,7 @@ def make_use_panels(weights: ModuleType) -> Any:
     @device
     def use_panel(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, row, coming, gate_sums):
         up_sums, panel, now = gate_sums + TOTALS, gate_sums + 2 * TOTALS, row * row_bytes
-        if FEW_TOKENS < n_tokens <= SLICED_TOKENS:
+        if FEW_TOKENS < n_tokens <= SLICED_TOKENS:  # at some levels no number is
             by_slices(gate + now, row_bytes, n_rows - row, n, panel, gate + coming, act, n_tokens, gate_sums)
             by_slices(up + now, row_bytes, n_rows - row, n, panel, up + coming, act, n_tokens, up_sums)
             finish_tile(gate_sums, up_sums, hidden, hidden_act, 0, n_tokens, row, n_rows)
