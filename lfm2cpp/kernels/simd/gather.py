@@ -11,7 +11,6 @@ from ..vector import constant, shuffle, splat, vector_op
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
-    I16_VECTOR,
     I32_VECTOR,
     LEVEL,
     PIECES,
@@ -88,11 +87,21 @@ def make_gather_f16(stride):
 
 
 def _gather_f16(builder, address, stride):
-    values = ir.Constant(I16_VECTOR, ir.Undefined)
-    for i in range(W):
-        where = offset(builder, address, (i, stride))
-        values = builder.insert_element(values, load_vector(builder, where, I16), ir.Constant(I32, i))
-    return half_to_float(builder, builder.bitcast(values, F16_VECTOR), F32_VECTOR)
+    values = [load_vector(builder, offset(builder, address, (i, stride)), I16) for i in range(W)]
+    if LEVEL.bits == 512:
+        values = [_four_in_one(builder, values[i : i + 4]) for i in range(0, W, 4)]
+    gathered = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        gathered = builder.insert_element(gathered, value, ir.Constant(I32, i))
+    return half_to_float(builder, builder.bitcast(gathered, F16_VECTOR), F32_VECTOR)
+
+
+def _four_in_one(builder, values):
+    """Four int16 as an int64: a scalar unit's work, where the vectors' have plenty."""
+    bits = builder.zext(values[0], I64)
+    for i, value in enumerate(values[1:], 1):
+        bits = builder.or_(bits, builder.shl(builder.zext(value, I64), ir.Constant(I64, 16 * i)))
+    return bits
 
 
 @vector_op(f32, int64, int64)
