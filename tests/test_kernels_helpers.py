@@ -64,6 +64,17 @@ def test_several_kernels_are_compiled_elsewhere_and_kept(cold: Start, here: list
     assert psutil.Process().children() == []
 
 
+def test_kernels_that_begin_at_once_are_counted_one_by_one(cold: Start) -> None:
+    heard: list[int] = []
+
+    def slowly(name: str, done: int, total: int) -> None:
+        time.sleep(0.2 if name else 0)
+        heard.append(done)
+
+    cold().load(NAMES, slowly)
+    assert heard == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "program",
     [

@@ -84,11 +84,13 @@ class KernelLibrary:
         from .helpers import compile_in_helpers
 
         begun: set[str] = set()
+        one_by_one = threading.Lock()
 
         def begins(name: str) -> None:
-            if progress and name not in begun:
-                progress(name, len(begun), len(names))
-            begun.add(name)
+            with one_by_one:  # helpers are asked from a thread each
+                if progress and name not in begun:
+                    progress(name, len(begun), len(names))
+                begun.add(name)
 
         with closing(compile_in_helpers(names, begins)) as helped:
             for name, compiled in helped:
