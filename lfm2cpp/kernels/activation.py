@@ -6,10 +6,10 @@ of ACT_GROUP bytes a group and token, one behind the other, so that the first on
     one token (decode): block b of a group is piece b // 4 of vector pair b % 4, its first 16 elements in the pair's low
     vector, the others in the high one. After `sum_pieces` of the four pairs, lane b holds block b's sum, in order.
 
-    more tokens: tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks
-    through memory with one address. Blocks in the order in which they are added up, chain by chain: those with the same
-    b % W follow each other, TILE_TOKENS times 32 bytes each: token after token, or, where the product takes pairs of
-    tokens (dot_tile.py), pair after pair, 8 elements of the one and of the other in turn.
+    more tokens: tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks through memory
+    with one address. Blocks in the order in which they are added up, chain by chain: those with the same b % W follow
+    each other, TILE_TOKENS times 32 bytes each: token after token, or, where the product takes pairs of tokens
+    (dot_tile.py), pair after pair, 8 elements of the one and of the other in turn.
 
 Either way the tables follow, one entry a block (and token), in group order or in chain order:
 

@@ -51,7 +51,7 @@ def quantize_rows(x, n, act, count, ith, nth):
         return
     begin, end = share_of(n_tokens, ith, nth)
     for t in range(begin, end):
-        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, is_streamed(n_tokens))
+        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, False)
 
 
 @device

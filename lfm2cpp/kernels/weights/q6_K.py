@@ -10,7 +10,8 @@ from __future__ import annotations
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot_u7
 from lfm2cpp.kernels.dot_tile import HALF
-from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8, store_f32
+from lfm2cpp.kernels.scalar import load_f16, load_i8, load_u8
+from lfm2cpp.kernels.scalar import store_f32 as store_scalar
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
@@ -29,10 +30,10 @@ from lfm2cpp.kernels.simd import (
     repeat_f16,
     splat_i32,
     splat_u8,
+    store_f32,
     sum_pieces_i16,
     to_f32,
 )
-from lfm2cpp.kernels.simd import store_f32 as store_vector
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW
 
 from .columns import interleave_columns, interleave_rows
@@ -42,8 +43,6 @@ N_SCALES = 3  # d, and the scales of each 16
 PREPARED = 212  # bytes a row of a block that prepare_rows has laid out: d is float32
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
-
-
 store_quads = make_store_apart(4, bytes_)
 
 
@@ -98,14 +97,13 @@ def dot_group(acc, w, act, n_groups, g, far):
 @device
 def prepare_rows(w, row_bytes, n_blocks, room):
     """The rows' bytes side by side, block after block: up to four blocks of 32 columns use the same ones"""
-    for _ in range(n_blocks // 8):
+    for i in range(n_blocks // 8):
+        block, out = w + i * BLOCK_BYTES, room + i * (PREPARED * W)
         for piece in range(0, SCALES, 16):
-            store_quads(room + piece * W, 4 * W, interleave_rows(w + piece, row_bytes))
-        store_quads(room + SCALES * W, 4 * W, interleave_columns(w + SCALES, row_bytes))
-        store_vector(room + D * W, gather_f16(w + D, row_bytes))
-        w += BLOCK_BYTES
-        room += PREPARED * W
-    return room - n_blocks // 8 * (PREPARED * W)
+            store_quads(out + piece * W, 4 * W, interleave_rows(block + piece, row_bytes))
+        store_quads(out + SCALES * W, 4 * W, interleave_columns(block + SCALES, row_bytes))
+        store_f32(out + D * W, gather_f16(block + D, row_bytes))
+    return room
 
 
 @device
@@ -158,4 +156,4 @@ def dequantize_block(w, out):
                 q = (bits & 15) | ((high & 3) << 4)
                 element = 128 * half + 32 * quarter + i
                 scale = d * load_i8(w + SCALES + element // 16)
-                store_f32(out + 4 * element, scale * (q - 32))
+                store_scalar(out + 4 * element, scale * (q - 32))
