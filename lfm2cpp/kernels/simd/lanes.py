@@ -21,7 +21,6 @@ from .registers import (
     i32,
     int64,
     offset,
-    side_by_side,
     store_vector,
 )
 
@@ -201,7 +200,23 @@ def _transposed(builder, rows):
     """(lane, its values in W rows): 4 x 4 lanes are transposed within the pieces, then the pieces themselves."""
     groups = [transpose_4_values(builder, *rows[i : i + 4]) for i in range(0, W, 4)]
     for j in range(4):
-        for piece in range(PIECES):
-            lanes = list(range(4 * piece, 4 * piece + 4))
-            parts = [shuffle(builder, group[j], group[j], lanes) for group in groups]
-            yield 4 * piece + j, side_by_side(builder, parts)
+        for piece, column in enumerate(_transpose_pieces(builder, [group[j] for group in groups])):
+            yield 4 * piece + j, column
+
+
+def _transpose_pieces(builder, vectors):
+    """Vector i's piece j becomes vector j's piece i; a word picks pieces of one vector, then of another."""
+    if PIECES == 1:
+        return vectors
+    if PIECES == 4:
+        a, b, c, d = vectors
+        low, high = [0, 1], [2, 3]
+        vectors = [_pick_pieces(builder, *pair, part) for part in (low, high) for pair in ((a, b), (c, d))]
+    even, odd = list(range(0, PIECES, 2)), list(range(1, PIECES, 2))
+    pairs = zip(vectors[::2], vectors[1::2], strict=True)
+    return [_pick_pieces(builder, *pair, part) for pair in pairs for part in (even, odd)]
+
+
+def _pick_pieces(builder, a, b, pieces):
+    lanes = [4 * piece + lane for piece in pieces for lane in range(4)]
+    return shuffle(builder, a, b, lanes + [W + lane for lane in lanes])
