@@ -32,10 +32,6 @@ from lfm2cpp.kernels.simd import W
 
 ROW = 256  # bytes: a vector of any level, and room behind it
 gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
-
-
-FACTORS = (1.0, 0.5, 0.75, 0.25)
-least_sum = simd.make_least_sum(FACTORS)
 PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
 transpose_rows = simd.make_transpose_rows(PLACES)
 store_two = simd.make_store_apart(2, simd.bytes_)
@@ -67,7 +63,7 @@ def float_words(x, out):
     simd.store_f32(out + 18 * ROW, simd.bits_to_f32(n))
     simd.store_f32(out + 19 * ROW, simd.from_whole(a))
     simd.store_f32(out + 20 * ROW, simd.reciprocal(simd.absolute(a) + simd.splat_f32(1.0)))
-    store_i64(out + 21 * ROW, least_sum(a * a, b * b, c * c, a * a))
+    simd.store_f32(out + 21 * ROW, simd.where_greater(a, b, b, c))
 
 
 @kernel

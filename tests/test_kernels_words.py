@@ -88,31 +88,19 @@ def test_float_words() -> None:
     once = np.float32(np.float64(np.float32(3)) * np.float64(np.float32(0.1)) - np.float64(np.float32(0.3)))
     assert found[17][:4].view(np.float32)[0] == (once if HAS_FMA else np.float32(3) * np.float32(0.1) - np.float32(0.3))
     check(found[18], n.view(np.float32))
+    check(found[21], np.where(a > b, b, c))
     np.testing.assert_array_equal(found[19][: 4 * W].view(np.float32), a - np.rint(a))
     np.testing.assert_allclose(found[20][: 4 * W].view(np.float32), 1 / (np.abs(a.astype(np.float64)) + 1), rtol=2e-7)
 
 
-def test_least_sum() -> None:
-    """The smallest of the four, the first of equals; the last where all are NaN."""
-    zero = np.zeros(W, np.int32)
-    for seed in range(20):
-        a, b, c = (floats(3 * seed + i) * np.float32(scale) for i, scale in enumerate((1, 1.4, 1.2)))
-        sums = [(v.astype(np.float64) ** 2).sum() * f for v, f in zip((a, b, c, a), kernel_words.FACTORS, strict=True)]
-        if sorted(sums)[1] > 1.0001 * min(sums):
-            assert say("float_words", 22, x=rows(a, b, c, zero))[21][0] == np.argmin(sums)
-    same, nan = np.ones(W, np.float32), np.full(W, np.nan, np.float32)
-    assert say("float_words", 22, x=rows(same, 2 * same, 2 * same, zero))[21][0] == 3
-    assert say("float_words", 22, x=rows(0 * same, 0 * same, 0 * same, zero))[21][0] == 0
-    assert say("float_words", 22, x=rows(nan, nan, nan, zero))[21][0] == 3
-
-
 def test_nan_in_maximum_and_minimum() -> None:
-    """The second one where one of the two is NaN: what softmax and exp rely on."""
+    """The second one where one of the two is NaN: what softmax, exp and quantizing rely on."""
     nan, a = np.full(W, np.nan, np.float32), floats(0)
     zero = np.zeros(W, np.int32)
     assert say("float_words", 22, x=rows(nan, a, a, zero))[5][: 4 * W].view(np.float32).tolist() == a.tolist()
     found = say("float_words", 22, x=rows(a, nan, a, zero))
     assert np.isnan(found[5][: 4 * W].view(np.float32)).all() and np.isnan(found[6][: 4 * W].view(np.float32)).all()
+    check(found[21], a)  # neither is greater
 
 
 def test_rounding_is_to_nearest_even() -> None:

@@ -19,7 +19,7 @@ Either way the tables follow, one entry a block (and token), in group order or i
     z128    int32: -I8_BIAS * sum
     z32     int32, two tables: -32 * sum of the first 16 elements; of the others (Q6_K)
 
-Source of the scheme: ggml's Q8_0, with the scale chosen by scale_of and kept in float32.
+Source of the scheme: ggml's Q8_0, with the scale chosen by best_levels and kept in float32.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ import numpy as np
 from .compiler import device
 from .dot import I8_BIAS
 from .dot_tile import HALF
+from .scalar import keep_apart, load_i32, store_i32
 from .scalar import load_f32 as load_scalar
-from .scalar import store_f32 as store_scalar
-from .scalar import store_i32
 from .simd import (
     W,
     absolute,
     fma,
     from_whole,
     load_f32,
-    make_least_sum,
-    max_lanes,
     maximum,
+    minimum,
     prefetch_write,
     product_to_i32,
     splat_f32,
     splat_i32,
+    store_f32,
     store_i8,
-    sum_lanes_i32,
+    to_f32,
+    transpose_square,
+    where_greater,
 )
+from .simd import store_i32 as store_vector_i32
 from .widths import (
     ACT_D,
     ACT_DS,
@@ -58,14 +60,25 @@ from .widths import (
     ACT_Z128,
     LINE,
     PAIRS,
+    QUANTIZE_NBYTES,
     TILE_TOKENS,
 )
 
 QK = 32
+ROW_BYTES = 4 * QK  # of a block's float32
 CANDIDATES = 4  # numbers of levels that are tried, from 127 down
 LEVELS = tuple(np.float32(127 - i) for i in range(CANDIDATES))
+FACTORS = tuple(np.float32(1 / float(levels) ** 2) for levels in LEVELS)  # of squared errors in scales
 LEAST = np.float32(1e-35)  # below it a scale or its inverse would not be a normal float32
-best_of = make_least_sum([1 / float(levels) ** 2 for levels in LEVELS])  # of errors in scales
+
+# Scratch of quantize_lanes, in vectors of a lane a block: 1 / d, the tables in their order, the floats as columns;
+# and a copy of the blocks where they are fewer than lanes.
+VECTOR = 4 * W
+TABLES = VECTOR
+N_TABLES = (ACT_GROUP - ACT_D) // VECTOR
+COLUMNS = TABLES + N_TABLES * VECTOR
+COPY = COLUMNS + QK * VECTOR
+assert COPY + W * ROW_BYTES == QUANTIZE_NBYTES
 
 
 @device
@@ -94,48 +107,97 @@ def tile_stride(n_groups):
 
 
 @device
-def squared_error(x, inverse):
-    """Per lane: the squared error of the 32 float32 at x as whole numbers of scales, in scales; inverse: 1 / scale"""
-    error = splat_f32(0.0)
-    for i in range(0, QK, W):
-        off = from_whole(load_f32(x + 4 * i) * splat_f32(inverse))
-        error = fma(off, off, error)
-    return error
+def largest(columns):
+    """Per lane: the largest magnitude of the QK float32 in its column."""
+    even = absolute(load_f32(columns))
+    odd = absolute(load_f32(columns + VECTOR))
+    for i in range(2, QK, 2):
+        even = maximum(absolute(load_f32(columns + VECTOR * i)), even)
+        odd = maximum(absolute(load_f32(columns + VECTOR * (i + 1))), odd)
+    return maximum(even, odd)
 
 
 @device
-def scale_of(x, amax):
-    """The scale d for the 32 float32 at x, whose largest magnitude is amax, and 1 / d; zeros for less than LEAST.
+def add_error(error, x, inverse):
+    """error + the squared error of x as a whole number of scales, in scales; inverse: 1 / scale"""
+    off = from_whole(x * inverse)
+    return fma(off, off, error)
+
+
+@device
+def best_levels(columns, inverse):
+    """Per lane: the number of levels, LEVELS[0] .. LEVELS[3], that makes the smallest error; inverse: 1 / max|x|
 
     Rounding errors differ from one scale to the next as if drawn anew; the best of four scales has 7 % less of them
     (squared) than the widest one alone, which is what ggml takes.
     """
-    if amax <= LEAST:
-        return np.float32(0.0), np.float32(0.0)
-    one = np.float32(1.0) / amax
-    best = best_of(
-        squared_error(x, one * LEVELS[0]),
-        squared_error(x, one * LEVELS[1]),
-        squared_error(x, one * LEVELS[2]),
-        squared_error(x, one * LEVELS[3]),
-    )
-    levels = LEVELS[0] - np.float32(best)
-    return amax / levels, one * levels
+    a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
+    for i in range(QK):
+        x = load_f32(columns + VECTOR * i)
+        a = add_error(a, x, inverse * splat_f32(LEVELS[0]))
+        b = add_error(b, x, inverse * splat_f32(LEVELS[1]))
+        c = add_error(c, x, inverse * splat_f32(LEVELS[2]))
+        d = add_error(d, x, inverse * splat_f32(LEVELS[3]))
+    least, best = a * splat_f32(FACTORS[0]), splat_f32(LEVELS[0])
+    least, best = better(least, best, b * splat_f32(FACTORS[1]), LEVELS[1])
+    least, best = better(least, best, c * splat_f32(FACTORS[2]), LEVELS[2])
+    least, best = better(least, best, d * splat_f32(FACTORS[3]), LEVELS[3])
+    return best
 
 
 @device
-def find_scale(x, act, n_groups, t, b, streamed):
-    """First half of quantizing the 32 float32 at x as block b of token t of the rows at `act`: d; 1 / d in ds' place.
+def better(least, best, error, levels):
+    """(least, best) or, where its error is smaller, (error, levels)"""
+    return minimum(error, least), where_greater(least, error, splat_f32(levels), best)
 
-    Each half waits long for a few numbers. A loop of its own over many blocks lets them wait together.
+
+@device
+def find_scales(room):
+    """Everything but the integers, from the columns in `room`: 1 / d and the tables, zeros for less than LEAST."""
+    columns = room + COLUMNS
+    amax = largest(columns)
+    inverse = splat_f32(1.0) / amax
+    levels = best_levels(columns, inverse)
+    d = where_greater(amax, splat_f32(LEAST), amax / levels, splat_f32(0.0))
+    inverse = where_greater(amax, splat_f32(LEAST), inverse * levels, splat_f32(0.0))
+    store_f32(room, inverse)
+    low = splat_i32(0)
+    high = splat_i32(0)
+    for i in range(0, QK * VECTOR // 2, VECTOR):
+        low = low + product_to_i32(load_f32(columns + i), inverse)
+        high = high + product_to_i32(load_f32(columns + QK * VECTOR // 2 + i), inverse)
+    total = low + high
+    store_f32(room + table_in_room(ACT_D), d)
+    store_f32(room + table_in_room(ACT_DS), d * to_f32(total))
+    store_vector_i32(room + table_in_room(ACT_Z8), total * splat_i32(-8))
+    store_vector_i32(room + table_in_room(ACT_Z128), total * splat_i32(-I8_BIAS))
+    store_vector_i32(room + table_in_room(ACT_Z32_LOW), low * splat_i32(-32))
+    store_vector_i32(room + table_in_room(ACT_Z32_HIGH), high * splat_i32(-32))
+
+
+@device
+def table_in_room(offset):
+    return TABLES + offset - ACT_D
+
+
+@device
+def quantize_lanes(x, stride, count, act, n_groups, t, b, tokens, streamed, room):
+    """The `count` blocks, W at most, whose float32 lie `stride` bytes apart at x, into the rows at `act`.
+
+    They are blocks b, b + 1, ... of token t or, where tokens is 1, block b of the tokens t, t + 1, ... A block is a
+    lane: what would wait long for a few numbers of one block does it for W at once. room: QUANTIZE_NBYTES of scratch.
     """
-    peak = absolute(load_f32(x))
-    for i in range(W, QK, W):
-        peak = maximum(absolute(load_f32(x + 4 * i)), peak)
-    d, inverse = scale_of(x, max_lanes(peak))
-    entry, table = first_entry(act, n_groups, t, b, streamed)
-    store_scalar(entry + table * ACT_D, d)
-    store_scalar(entry + table * ACT_DS, inverse)
+    keep_apart()
+    if count < W:
+        for i in range(count):
+            for at in range(0, ROW_BYTES, VECTOR):
+                store_f32(room + COPY + i * ROW_BYTES + at, load_f32(x + i * stride + at))
+        x, stride = room + COPY, ROW_BYTES
+    for i in range(0, QK, W):
+        transpose_square(x + 4 * i, stride, room + COLUMNS + i * VECTOR, VECTOR)
+    find_scales(room)
+    for i in range(count):
+        write_block(x + i * stride, act, n_groups, t + i * tokens, b + i * (1 - tokens), streamed, room + 4 * i)
 
 
 @device
@@ -159,8 +221,8 @@ def place_in_tile(n_groups, t, b):
 
 
 @device
-def write_block(x, act, n_groups, t, b, streamed):
-    """The other half: the integers and the tables."""
+def write_block(x, act, n_groups, t, b, streamed, lane):
+    """Integers and entries of block b of token t, whose float32 are at x; find_scales left the rest in its lane."""
     entry, table = first_entry(act, n_groups, t, b, streamed)
     if streamed:
         low_qs = act + decode_offset(b)
@@ -172,49 +234,38 @@ def write_block(x, act, n_groups, t, b, streamed):
         if PAIRS:
             low_qs, gap = low_qs - place % 2 * (QK - 8), 8
         high_qs = low_qs + HALF
-    d, inverse = load_scalar(entry + table * ACT_D), splat_f32(load_scalar(entry + table * ACT_DS))
-    low_sum = splat_i32(0)
-    high_sum = splat_i32(0)
+    inverse = splat_f32(load_scalar(lane))
     for i in range(0, 16, W):
-        q = product_to_i32(load_f32(x + 4 * i), inverse)
-        low_sum = low_sum + q
-        store_i8(low_qs + i + i // 8 * gap, q)
-    for i in range(0, 16, W):
-        q = product_to_i32(load_f32(x + 64 + 4 * i), inverse)
-        high_sum = high_sum + q
-        store_i8(high_qs + i + i // 8 * gap, q)
-    write_tables(entry, table, d, sum_lanes_i32(low_sum), sum_lanes_i32(high_sum))
+        store_i8(low_qs + i + i // 8 * gap, product_to_i32(load_f32(x + 4 * i), inverse))
+        store_i8(high_qs + i + i // 8 * gap, product_to_i32(load_f32(x + 64 + 4 * i), inverse))
+    for offset in range(ACT_D, ACT_GROUP, VECTOR):
+        store_i32(entry + table * offset, load_i32(lane + table_in_room(offset)))
 
 
 @device
 def ask_for_block(act, n_groups, t, b):
-    """Ask for what find_scale and write_block will write of a whole tile of tokens, from t on."""
+    """Ask for what quantize_tokens will write of a whole tile of tokens, from t on."""
     entry, table = first_entry(act, n_groups, t, b, False)
     blocks = tile_of(act, n_groups, t) + QK * place_in_tile(n_groups, t, b)
     for line in range(0, QK * TILE_TOKENS, LINE):
         prefetch_write(blocks + line)
-    for offset in range(ACT_D, ACT_GROUP, ACT_DS - ACT_D):
+    for offset in range(ACT_D, ACT_GROUP, VECTOR):
         prefetch_write(entry + table * offset)
 
 
 @device
-def quantize_blocks(x, first, last, act, n_groups, t, streamed):
+def quantize_blocks(x, first, last, act, n_groups, t, streamed, room):
     """Blocks first .. last - 1 of token t from the float32 at x, the first block's first."""
-    for b in range(first, last):
-        find_scale(x + 4 * QK * (b - first), act, n_groups, t, b, streamed)
-    for b in range(first, last):
-        write_block(x + 4 * QK * (b - first), act, n_groups, t, b, streamed)
+    for b in range(first, last, W):
+        at = x + ROW_BYTES * (b - first)
+        quantize_lanes(at, ROW_BYTES, min(W, last - b), act, n_groups, t, b, 0, streamed, room)
 
 
 @device
-def write_tables(entry, table, d, low, high):
-    """What follows from a block's scale and the sums of its halves; entry and table as first_entry gives them."""
-    total = low + high
-    store_scalar(entry + table * ACT_DS, d * np.float32(total))
-    store_i32(entry + table * ACT_Z8, -8 * total)
-    store_i32(entry + table * ACT_Z128, -I8_BIAS * total)
-    store_i32(entry + table * ACT_Z32_LOW, -32 * low)
-    store_i32(entry + table * ACT_Z32_HIGH, -32 * high)
+def quantize_tokens(x, stride, count, act, n_groups, t, b, streamed, room):
+    """Block b of tokens t .. t + count - 1, whose float32 lie `stride` bytes apart at x."""
+    for i in range(0, count, W):
+        quantize_lanes(x + i * stride, stride, min(W, count - i), act, n_groups, t + i, b, 1, streamed, room)
 
 
 @device

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import kv, widths
-from .activation import QK, n_groups_of, quantize_blocks
+from .activation import QK, ROW_BYTES, n_groups_of, quantize_blocks, quantize_tokens
 from .batch import N_RUNS, N_TOKENS, POSITIONS, RUN_FIELDS, RUN_FIRST, RUN_OF, RUN_PAGES, RUN_TOKENS, RUNS, SPLIT_CHUNKS
 from .compiler import F32, device, kernel
 from .kv import AHEAD, KVType, pages_of
@@ -111,13 +111,6 @@ def finish_head(state, n_embd_head, out):
     inverse = np.float32(1.0) / load_scalar(state + 4 * W)
     for i in range(n_embd_head):
         store_scalar(out + 4 * i, load_scalar(state + 4 * (RESULT_HEAD + i)) * inverse)
-
-
-@device
-def quantize_head(out, act, n_groups, t, head, n_embd_head, streamed):
-    """The blocks of one head; heads are whole blocks where `act` is given."""
-    blocks = n_embd_head // QK
-    quantize_blocks(out, head * blocks, (head + 1) * blocks, act, n_groups, t, streamed)
 
 
 @device
@@ -288,8 +281,10 @@ def make_attention(kv: KVType) -> Any:
         for i in range(count):
             at = out + (begin + i) * stride + 4 * head * n_embd_head
             finish_head(states + i * row, n_embd_head, at)
-            if act:
-                quantize_head(at, act, n_groups, begin + i, head, n_embd_head, streamed)
+        if act:  # heads are whole blocks
+            for b in range(head * n_embd_head // QK, (head + 1) * n_embd_head // QK):
+                at = out + begin * stride + b * ROW_BYTES
+                quantize_tokens(at, stride, count, act, n_groups, begin, b, streamed, s)
 
     def attention(q, n_head, n_head_kv, n_embd_head, n_padded, k_offset, v_offset, scale: F32, parts, out, act, batch,
                   scratch, scratch_bytes, work, ith, nth):  # fmt: skip
@@ -344,19 +339,23 @@ def merge_parts(parts, n_head, n_head_kv, n_embd_head, n_padded, out, act, batch
     n_groups = n_groups_of(n_head * n_embd_head)
     positions, n_tokens = load_i64(batch + 8 * POSITIONS), load_i64(batch + 8 * N_TOKENS)
     begin, end = share_of(n_tokens * n_head, ith, nth)
-    for unit in range(begin, end):
-        t, head = divmod(unit, n_head)
+    while begin < end:
+        t, first_head = divmod(begin, n_head)
+        last_head = min(first_head + end - begin, n_head)
+        at = out + 4 * begin * n_embd_head
         mine = (load_i32(positions + 4 * t) + CHUNK_TOKENS) // CHUNK_TOKENS
-        head_kv, j = divmod(head, n_gqa)
-        first = parts + (t * n_head_kv + head_kv) * n_chunks * part + j * row
-        for chunk in range(mine):
-            for line in range(0, row, LINE):
-                prefetch_near(first + (chunk + PARTS_AHEAD) * part + line)  # half of them lie in other cores' caches
-            merge(state, first + chunk * part, n_padded, chunk == 0)
-        at = out + 4 * unit * n_embd_head
-        finish_head(state, n_embd_head, at)
-        if act:
-            quantize_head(at, act, n_groups, t, head, n_embd_head, is_streamed(n_tokens))
+        for head in range(first_head, last_head):
+            head_kv, j = divmod(head, n_gqa)
+            first = parts + (t * n_head_kv + head_kv) * n_chunks * part + j * row
+            for chunk in range(mine):
+                for line in range(0, row, LINE):  # half of which lie in other cores' caches
+                    prefetch_near(first + (chunk + PARTS_AHEAD) * part + line)
+                merge(state, first + chunk * part, n_padded, chunk == 0)
+            finish_head(state, n_embd_head, at + 4 * (head - first_head) * n_embd_head)
+        if act:  # heads are whole blocks
+            b, last = first_head * n_embd_head // QK, last_head * n_embd_head // QK
+            quantize_blocks(at, b, last, act, n_groups, t, is_streamed(n_tokens), state)
+        begin += last_head - first_head
 
 
 attention_f16 = make_attention(kv.F16)

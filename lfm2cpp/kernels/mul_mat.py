@@ -140,7 +140,7 @@ def make_use_registers(weights: ModuleType) -> Any:
 def make_use_panels(weights: ModuleType) -> Any:
     """The panels that a thread takes, by many tokens."""
     product = make_panel_product(weights)
-    unpack, by_tile, by_slices = product.unpack, product.by_tile, product.by_slices
+    unpack, by_tiles, by_slices = product.unpack, product.by_tiles, product.by_slices
 
     @device
     def use_panel(w, row_bytes, n_rows, n, panel, act, n_tokens, out, add, row, coming, totals):
@@ -153,7 +153,7 @@ def make_use_panels(weights: ModuleType) -> Any:
         for t in range(0, n_tokens, TILE_TOKENS):
             count = min(n_tokens - t, TILE_TOKENS)
             ask_for_totals(out, add, t, count, row, n_rows)
-            by_tile(panel, n, act, count, totals)
+            by_tiles(panel, n, act, count, totals)
             store_totals(totals, out, add, t, count, row, n_rows)
             act += tile_stride(n_groups_of(n))
 

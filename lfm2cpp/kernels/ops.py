@@ -36,22 +36,22 @@ def share_of(n, ith, nth):
 
 
 @device
-def quantize_part(x, act, n_groups, t, first, last, streamed):
-    """Elements first .. last - 1 of token t, whose row is at x."""
-    quantize_blocks(x + 4 * first, first // QK, (last + QK - 1) // QK, act, n_groups, t, streamed)
+def quantize_part(x, act, n_groups, t, first, last, streamed, room):
+    """Elements first .. last - 1 of token t, whose row is at x; room: QUANTIZE_NBYTES of scratch."""
+    quantize_blocks(x + 4 * first, first // QK, (last + QK - 1) // QK, act, n_groups, t, streamed, room)
 
 
 @kernel
-def quantize_rows(x, n, act, count, ith, nth):
+def quantize_rows(x, n, act, count, scratch, scratch_bytes, ith, nth):
     """float32 rows x: (n_tokens, n) -> quantized activation rows"""
-    n_tokens, n_groups = load_i64(count), n_groups_of(n)
+    n_tokens, n_groups, room = load_i64(count), n_groups_of(n), scratch + ith * scratch_bytes
     if n_tokens == 1:
         first, last = segment_of(n, ith, nth)
-        quantize_part(x, act, n_groups, 0, first, last, True)
+        quantize_part(x, act, n_groups, 0, first, last, True, room)
         return
     begin, end = share_of(n_tokens, ith, nth)
     for t in range(begin, end):
-        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, False)
+        quantize_part(x + 4 * t * n, act, n_groups, t, 0, n, False, room)
 
 
 @device
@@ -83,9 +83,9 @@ def scale_part(x, weight, scale, out, first, last):
 
 
 @kernel
-def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
+def rms_norm(x, weight, eps: F32, n, out, act, rows, count, scratch, scratch_bytes, ith, nth):
     """out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); with `rows`, of the tokens whose indices (int32) are there."""
-    n_tokens, n_groups = load_i64(count), n_groups_of(n)
+    n_tokens, n_groups, room = load_i64(count), n_groups_of(n), scratch + ith * scratch_bytes
     first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
     begin, end = share_of(n_tokens, ith, nth) if n_tokens > 1 else (0, n_tokens)
     for t in range(begin, end):
@@ -93,7 +93,7 @@ def rms_norm(x, weight, eps: F32, n, out, act, rows, count, ith, nth):
         below = out + 4 * n * t
         scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
         if act:
-            quantize_part(below, act, n_groups, t, first, last, is_streamed(n_tokens))
+            quantize_part(below, act, n_groups, t, first, last, is_streamed(n_tokens), room)
 
 
 @device
@@ -107,16 +107,16 @@ def swiglu_part(gate, up, out, first, last):
 
 
 @kernel
-def swiglu(gate, up, n, out, act, count, ith, nth):
+def swiglu(gate, up, n, out, act, count, scratch, scratch_bytes, ith, nth):
     """out[t] = silu(gate[t]) * up[t]"""
-    n_tokens, n_groups = load_i64(count), n_groups_of(n)
+    n_tokens, n_groups, room = load_i64(count), n_groups_of(n), scratch + ith * scratch_bytes
     first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
     begin, end = share_of(n_tokens, ith, nth) if n_tokens > 1 else (0, n_tokens)
     for t in range(begin, end):
         row = 4 * n * t
         swiglu_part(gate + row, up + row, out + row, first, last)
         if act:
-            quantize_part(out + row, act, n_groups, t, first, last, is_streamed(n_tokens))
+            quantize_part(out + row, act, n_groups, t, first, last, is_streamed(n_tokens), room)
 
 
 @kernel

@@ -45,7 +45,7 @@ class PanelProduct:
 
     block_nbytes: int  # of a panel's 32 columns
     unpack: Any  # (w, row_bytes, n_rows, n, panel, coming): a panel of n_rows rows at w; those at `coming` will be next
-    by_tile: Any  # (panel, n, act, count, totals): totals = the panel by the first `count` tokens of a tile
+    by_tiles: Any  # (panel, n, act, n_tokens, totals): totals = the panel by n_tokens, SLICED_TOKENS or less, of tiles
     by_slices: Any  # (w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals): both, for SLICED_TOKENS or less
 
 
@@ -92,9 +92,10 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         unpack_chains(low, high, row_bytes, np.int64(0), min(W, n_blocks), n_blocks, panel, coming)
 
     @device
-    def by_tile(panel, n, act, count, totals):
-        clear_totals(totals, TILE_TOKENS)
-        chains_by_tiles(panel, np.int64(0), min(W, n // 32), n, act, count, totals, totals + TILE_TOKENS * SUMS)
+    def by_tiles(panel, n, act, n_tokens, totals):
+        clear_totals(totals, n_tokens + TILE_TOKENS)
+        room = totals + (SLICED_TOKENS + TILE_TOKENS) * SUMS
+        chains_by_tiles(panel, np.int64(0), min(W, n // 32), n, act, n_tokens, totals, room)
 
     @device
     def chains_by_tiles(panel, first, last, n, act, n_tokens, totals, room):
@@ -119,7 +120,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
             unpack_chains(low, high, row_bytes, c, c + 1, n_blocks, panel, coming)
             chains_by_tiles(panel, c, c + 1, n, act, n_tokens, totals, room)
 
-    return PanelProduct(block_nbytes, unpack, by_tile, by_slices)
+    return PanelProduct(block_nbytes, unpack, by_tiles, by_slices)
 
 
 def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> Any:

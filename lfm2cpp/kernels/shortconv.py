@@ -78,7 +78,8 @@ def save_columns(bcx, n, state, d_conv, t, first, last, destination):
 
 
 @kernel
-def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, out, act, batch, ith, nth):
+def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, out, act, batch, scratch,
+              scratch_bytes, ith, nth):  # fmt: skip
     """bcx: (n_tokens, 3 n) float32, B, C, X side by side; weight: (l_cache, n); out: (n_tokens, n)
 
     bx and conv (0 for none) keep B * X and its convolution. Offsets say where this layer's columns lie in a sequence's
@@ -86,6 +87,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
     """
     d_conv, n_groups = l_cache - 1, n_groups_of(n)
     first, last = segment_of(n, ith, nth)
+    room = scratch + ith * scratch_bytes
     streamed = is_streamed(load_i64(batch + 8 * N_TOKENS))
     for r in range(load_i64(batch + 8 * N_RUNS)):
         run = load_i64(batch + 8 * RUNS) + 8 * RUN_FIELDS * r
@@ -100,7 +102,7 @@ def shortconv(bcx, n, weight, l_cache, state_offset, snapshot_offset, bx, conv, 
                 bx + row if bx else 0, conv + row, out + row,
             )  # fmt: skip
             if act:
-                quantize_part(out + row, act, n_groups, begin + t, first, last, streamed)
+                quantize_part(out + row, act, n_groups, begin + t, first, last, streamed, room)
             if (past + t + 1) % PAGE_TOKENS == 0:
                 page = load_i64(pages + 8 * ((past + t) // PAGE_TOKENS))
                 save_columns(rows, n, state, d_conv, t, first, last, page + snapshot_offset)

@@ -47,6 +47,9 @@ ASKED_ONCE = _TARGET.zen > 0
 ASKED_NEAR = _TARGET.zen >= 5
 
 
+QUANTIZE_NBYTES = (1 + 6 + 32 + 32) * 4 * W  # scratch of quantize_lanes (activation.py)
+
+
 def activation_nbytes(n: int) -> int:
     """Bytes of one quantized activation row of n elements."""
     return -(-(n // 32) // W) * ACT_GROUP
@@ -66,10 +69,11 @@ def padded_head(n_embd_head: int) -> int:
 
 
 def panel_nbytes(n: int) -> int:
-    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums."""
+    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums;
+    and what quantizing its results needs."""
     runs = -(-n // PANEL_ROWS)
     sums = 2 * 4 * PANEL_ROWS * (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS)
-    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192
+    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192 + QUANTIZE_NBYTES
 
 
 BLOCK_TABLE = 4096  # bytes of the list of blocks that a unit of attention reads
@@ -93,4 +97,4 @@ def attention_nbytes(n_padded: int, n_gqa: int) -> int:
     scores = max(SPLIT_ROWS, rows_of_group(n_gqa)) * 4 * CHUNK_TOKENS
     row = 4 * (PANEL_ROWS + n_padded)
     grouped = QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row
-    return BLOCK_TABLE + max(grouped, scores) + 64
+    return BLOCK_TABLE + max(grouped, scores, QUANTIZE_NBYTES) + 64

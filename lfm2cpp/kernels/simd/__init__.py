@@ -28,12 +28,12 @@ from .arithmetic import (
     splat_i32,
     splat_u8,
     to_f32,
+    where_greater,
 )
 from .gather import gather_f16, gather_i8_pairs, gather_pieces, gather_pieces_2, make_gather_f16, repeat_f16
 from .lanes import (
     high_halves,
     low_halves,
-    make_least_sum,
     make_transpose_rows,
     max_lanes,
     sum_lanes,

@@ -53,6 +53,12 @@ def minimum(builder, a, b):
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
+@vector_op(f32, f32, f32, f32, f32)
+def where_greater(builder, a, b, x, y):
+    """x where a > b, else y, as where one of them is NaN"""
+    return builder.select(builder.fcmp_ordered(">", a, b), x, y)
+
+
 @vector_op(f32, f32, i32)
 def add_exponent(builder, a, n):
     """a * 2**n for results that stay normal"""

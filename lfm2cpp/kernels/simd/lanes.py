@@ -40,31 +40,6 @@ def sum_lanes(builder, a):
     return _halve(builder, a, builder.fadd)
 
 
-def make_least_sum(factors):
-    """least_sum(a, b, c, d): which of the four has the smallest sum of lanes, times its factor; the first of equals."""
-    by_four = ir.VectorType(ir.FloatType(), 4)
-
-    @vector_op(int64, f32, f32, f32, f32)
-    def least_sum(builder, a, b, c, d):
-        w, x, y, z = transpose_4_values(builder, a, b, c, d)
-        sums = builder.fadd(builder.fadd(w, x), builder.fadd(y, z))  # each piece: its part of the four sums
-        while sums.type.count > 4:
-            half = sums.type.count // 2
-            low, high = list(range(half)), list(range(half, 2 * half))
-            sums = builder.fadd(shuffle(builder, sums, sums, low), shuffle(builder, sums, sums, high))
-        sums = builder.fmul(sums, constant(by_four, [float(f) for f in factors]))
-        least = sums
-        for lanes in ([2, 3, 0, 1], [1, 0, 3, 2]):
-            other = shuffle(builder, least, least, lanes)
-            least = builder.select(builder.fcmp_ordered("<", least, other), least, other)
-        # A bit a lane; one more behind them for NaN.
-        equal = builder.zext(builder.bitcast(builder.fcmp_ordered("==", sums, least), ir.IntType(4)), I64)
-        equal = builder.or_(equal, ir.Constant(I64, 1 << 3))
-        return builder.cttz(equal, ir.Constant(ir.IntType(1), 1))
-
-    return least_sum
-
-
 @vector_op(float32, f32)
 def max_lanes(builder, a):
     """The largest lane"""
