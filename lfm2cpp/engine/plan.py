@@ -146,6 +146,12 @@ class Plan:
         self.ops.append(op)
         return op
 
+    def _floats(self, x: Rows) -> int:
+        """Address of x's float32 rows. An op that writes them on demand only writes them from now on."""
+        if x.producer is not None and x.producer.args.get("out") == 0:
+            x.producer.args["out"] = x.address
+        return x.address
+
     def _quantized(self, x: Rows) -> int:
         """Address of x as int8 rows; its producer writes them along if it can, else an op of their own does."""
         if not x.act:
@@ -158,7 +164,7 @@ class Plan:
             elif "act" in result:
                 result["act"] = x.act
             else:
-                args = {"x": x.address, "n": x.n, "act": x.act, "count": x.count}
+                args = {"x": self._floats(x), "n": x.n, "act": x.act, "count": x.count}
                 self._record("ops:quantize_rows", "quantize", args)
         return x.act
 
@@ -176,7 +182,7 @@ class Plan:
             if is_hidden:
                 result["hidden_chained"] = x.chained
             else:
-                args = {"x": x.address, "n": x.n, "chained": x.chained, "count": x.count}
+                args = {"x": self._floats(x), "n": x.n, "chained": x.chained, "count": x.count}
                 self._record("mul_mat_float:chain_rows", "chain", args)
         return x.chained
 
@@ -185,7 +191,7 @@ class Plan:
         if x.rounded is None:
             nbytes = 2 * x.n * (self.n_batch + SLACK_ROWS) + 4096
             x.rounded = Rows(x.n // 2, self._side_buffer(f"rounded {x.n}", nbytes), x.count)
-            args = {"x": x.address, "n": x.n, "pairs": x.rounded.address, "count": x.count}
+            args = {"x": self._floats(x), "n": x.n, "pairs": x.rounded.address, "count": x.count}
             self._record("mul_mat_float:round_rows", "round", args)
         return x.rounded
 
@@ -199,10 +205,14 @@ class Plan:
         return out
 
     def rms_norm(self, x: Rows, weight: Weight, eps: float, name: str, *, wanted_only: bool = False) -> Rows:
-        """weight * x / rms(x); with wanted_only, of the rows whose logits are asked for."""
+        """weight * x / rms(x); with wanted_only, of the rows whose logits are asked for.
+
+        Where all that follows are products with block weights, only the quantized rows are written.
+        """
+        self.scratch(widths.QUANTIZE_NBYTES + 4 * x.n)
         out = self._rows("norm", name, x.n, self.out_rows if wanted_only else None)
-        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n": x.n, "out": out.address,
-                "act": 0, "rows": 0, "count": out.count}  # fmt: skip
+        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n": x.n,
+                "out": out.address if self.trace else 0, "act": 0, "rows": 0, "count": out.count}  # fmt: skip
         if wanted_only:
             args["rows"] = self._side_buffer("out_rows", 4 * (self.n_batch + SLACK_ROWS))
             self.batch[at.OUT_ROWS] = args["rows"]
@@ -240,7 +250,7 @@ class Plan:
         if widths.BF16_PAIRS and kind == "bf16" and n % 32 == 0 and x.count == self.all_rows:
             # The head, of few rows, is left exact: it costs nothing there.
             kind, x = "bf16_pairs", self._rounded(x)
-        return "_float", kind, {"n": x.n, "x": x.address, "chained": self._chained(x)}
+        return "_float", kind, {"n": x.n, "x": self._floats(x), "chained": self._chained(x)}
 
     def add(self, a: Rows, b: Rows, name: str) -> Rows:
         """a + b."""

@@ -17,6 +17,7 @@ from .scalar import load_i32, load_i64
 from .scalar import store_f32 as store_scalar
 from .shares import is_streamed
 from .simd import W, fma, load_f32, max_lanes, splat_f32, store_f32, sum_lanes
+from .widths import QUANTIZE_NBYTES
 
 SEGMENT = 32  # elements: a block
 
@@ -84,13 +85,16 @@ def scale_part(x, weight, scale, out, first, last):
 
 @kernel
 def rms_norm(x, weight, eps: F32, n, out, act, rows, count, scratch, scratch_bytes, ith, nth):
-    """out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); with `rows`, of the tokens whose indices (int32) are there."""
+    """out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); with `rows`, of the tokens whose indices (int32) are there.
+
+    The result goes to `out` and, quantized, to `act`, whichever is not 0; scratch: QUANTIZE_NBYTES and a row.
+    """
     n_tokens, n_groups, room = load_i64(count), n_groups_of(n), scratch + ith * scratch_bytes
     first, last = (0, n) if n_tokens > 1 else segment_of(n, ith, nth)
     begin, end = share_of(n_tokens, ith, nth) if n_tokens > 1 else (0, n_tokens)
     for t in range(begin, end):
         row = x + 4 * n * (load_i32(rows + 4 * t) if rows else t)
-        below = out + 4 * n * t
+        below = out + 4 * n * t if out else room + QUANTIZE_NBYTES
         scale_part(row, weight, inverse_rms(row, n, eps), below, first, last)
         if act:
             quantize_part(below, act, n_groups, t, first, last, is_streamed(n_tokens), room)
