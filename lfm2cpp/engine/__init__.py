@@ -1,5 +1,6 @@
 """From a mapped GGUF and token ids to logits. Knows no text.
 
+    load.py       the file's tensors as the weights of model.py; the RoPE table
     model.py      the forward pass, recorded as a plan; no I/O, no state
     plan.py       records ops: kernel, arguments, buffers
     team.py       threads that replay a plan
@@ -9,5 +10,4 @@
     engine.py     batches of tokens in, logits out
     batching.py   what a batch has to do: entries, steps, slices of ops
     limits.py     how much context and memory an engine may use
-    threads.py    how many threads this process should use
 """

@@ -58,7 +58,8 @@ class Op:
 class Rows:
     """Rows of n 4-byte columns that an op writes, float32 but for `rounded`, whose columns are two BF16 each.
 
-    Quantized, chained and rounded copies exist once a product has asked for them.
+    Quantized, chained and rounded copies exist once a product has asked for them. Results of one role and width share
+    their memory (Plan._rows), as their quantized copies do: no two of them may be needed at once.
     """
 
     n: int
@@ -109,7 +110,10 @@ class Plan:
     # Buffers
 
     def _rows(self, role: str, name: str, n: int, count: int | None = None, n_rows: int | None = None) -> Rows:
-        """Rows of n for an op's result: shared by all ops of the same role, or its own when tracing."""
+        """Rows of n for an op's result: shared by all ops of the same role, or its own when tracing.
+
+        A product's role is its name before the "-".
+        """
         key = (name if self.trace else role, n)
         if key not in self._shared:
             self._shared[key] = self.arena.take(4 * n * ((n_rows or self.n_batch) + SLACK_ROWS) + 4096)
@@ -146,8 +150,8 @@ class Plan:
         self.ops.append(op)
         return op
 
-    def _floats(self, x: Rows) -> int:
-        """Address of x's float32 rows. An op that writes them on demand only writes them from now on."""
+    def _read(self, x: Rows) -> int:
+        """Address of x's rows, for an op that reads them. A producer that writes them on demand only does so now."""
         if x.producer is not None and x.producer.args.get("out") == 0:
             x.producer.args["out"] = x.address
         return x.address
@@ -164,7 +168,7 @@ class Plan:
             elif "act" in result:
                 result["act"] = x.act
             else:
-                args = {"x": self._floats(x), "n": x.n, "act": x.act, "count": x.count}
+                args = {"x": self._read(x), "n": x.n, "act": x.act, "count": x.count}
                 self._record("ops:quantize_rows", "quantize", args)
         return x.act
 
@@ -182,7 +186,7 @@ class Plan:
             if is_hidden:
                 result["hidden_chained"] = x.chained
             else:
-                args = {"x": self._floats(x), "n": x.n, "chained": x.chained, "count": x.count}
+                args = {"x": self._read(x), "n": x.n, "chained": x.chained, "count": x.count}
                 self._record("mul_mat_float:chain_rows", "chain", args)
         return x.chained
 
@@ -191,7 +195,7 @@ class Plan:
         if x.rounded is None:
             nbytes = 2 * x.n * (self.n_batch + SLACK_ROWS) + 4096
             x.rounded = Rows(x.n // 2, self._side_buffer(f"rounded {x.n}", nbytes), x.count)
-            args = {"x": self._floats(x), "n": x.n, "pairs": x.rounded.address, "count": x.count}
+            args = {"x": self._read(x), "n": x.n, "pairs": x.rounded.address, "count": x.count}
             self._record("mul_mat_float:round_rows", "round", args)
         return x.rounded
 
@@ -201,7 +205,7 @@ class Plan:
         out = self._rows("x", name, n)
         args = {"w": w.address, "row_bytes": w.row_bytes, "n": n, "tokens": self.batch_address + 8 * at.TOKENS,
                 "out": out.address, "count": out.count}  # fmt: skip
-        self._record(f"get_rows:get_rows_{kernel_type(w)}", "get_rows", args, nbytes=w.row_bytes)
+        self._record(f"get_rows:get_rows_{kernel_type(w.ggml_type)}", "get_rows", args, nbytes=w.row_bytes)
         return out
 
     def rms_norm(self, x: Rows, weight: Weight, eps: float, name: str, *, wanted_only: bool = False) -> Rows:
@@ -211,7 +215,7 @@ class Plan:
         """
         self.scratch(widths.QUANTIZE_NBYTES + 4 * x.n)
         out = self._rows("norm", name, x.n, self.out_rows if wanted_only else None)
-        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n": x.n,
+        args = {"x": self._read(x), "weight": weight.address, "eps": float_bits(eps), "n": x.n,
                 "out": out.address if self.trace else 0, "act": 0, "rows": 0, "count": out.count}  # fmt: skip
         if wanted_only:
             args["rows"] = self._side_buffer("out_rows", 4 * (self.n_batch + SLACK_ROWS))
@@ -230,7 +234,7 @@ class Plan:
         if self.trace:
             return self.add(residual, self.mul_mat(w, x, name), sum_name)
         out = Rows(residual.n, residual.address, residual.count)
-        self._mul_mat(w, x, out, residual.address)
+        self._mul_mat(w, x, out, self._read(residual))
         return out
 
     def _mul_mat(self, w: Weight, x: Rows, out: Rows, add: int) -> Op:
@@ -243,19 +247,19 @@ class Plan:
     def _operand(self, w: Weight, x: Rows) -> tuple[str, str, dict[str, int]]:
         """How w is multiplied by x: the end of the module's name and of the kernel's, and what the kernel is given."""
         n = w.shape[1]
-        kind = kernel_type(w)
+        kind = kernel_type(w.ggml_type)
         self.scratch(widths.panel_nbytes(n) + 64 * 1024)
         if w.ggml_type not in FLOAT_TYPES:
             return "", kind, {"n": n, "act": self._quantized(x), "row_bytes": w.row_bytes}
         if widths.BF16_PAIRS and kind == "bf16" and n % 32 == 0 and x.count == self.all_rows:
             # The head, of few rows, is left exact: it costs nothing there.
             kind, x = "bf16_pairs", self._rounded(x)
-        return "_float", kind, {"n": x.n, "x": self._floats(x), "chained": self._chained(x)}
+        return "_float", kind, {"n": x.n, "x": self._read(x), "chained": self._chained(x)}
 
     def add(self, a: Rows, b: Rows, name: str) -> Rows:
         """a + b."""
         out = self._rows("sum", name, a.n)
-        args = {"a": a.address, "b": b.address, "n": a.n, "out": out.address, "count": a.count}
+        args = {"a": self._read(a), "b": self._read(b), "n": a.n, "out": out.address, "count": a.count}
         self._record("ops:add", "add", args)
         return out
 
@@ -275,14 +279,14 @@ class Plan:
         label = f"swiglu {gate.ggml_type.name}"
         cost = {"macs": 2 * n_rows * n, "nbytes": 2 * gate.nbytes}
         op = self._record(f"swiglu{module}:swiglu_{kind}", label, args, **cost)
-        if is_float or widths.PANEL_ROWS == 32:
+        if is_float or widths.PANEL_ROWS == 32:  # a panel's rows are a block of the product that follows
             out.producer = op
         return out
 
     def swiglu(self, gate: Rows, up: Rows, name: str) -> Rows:
         """silu(gate) * up."""
         out = self._rows("swiglu", name, gate.n)
-        args = {"gate": gate.address, "up": up.address, "n": gate.n, "out": out.address, "act": 0,
+        args = {"gate": self._read(gate), "up": self._read(up), "n": gate.n, "out": out.address, "act": 0,
                 "count": gate.count}  # fmt: skip
         out.producer = self._record("ops:swiglu", "swiglu", args)
         return out
@@ -291,7 +295,7 @@ class Plan:
         """C * conv(B * X) with the sequences' states; bcx: (n_tokens, 3 n_embd)."""
         n = bcx.n // 3
         out = self._rows("mixed", f"conv_out_gated-{il}", n)
-        args = {"bcx": bcx.address, "n": n, "weight": conv.weight_address, "l_cache": conv.l_cache,
+        args = {"bcx": self._read(bcx), "n": n, "weight": conv.weight_address, "l_cache": conv.l_cache,
                 "state_offset": conv.state_offset, "snapshot_offset": conv.snapshot_offset, "bx": 0, "conv": 0,
                 "out": out.address, "act": 0, "batch": self.batch_address}  # fmt: skip
         if self.trace:
@@ -305,7 +309,7 @@ class Plan:
         kind, il = name.split("_rope")
         normed = self._rows(f"{kind}_norm", f"{kind}_norm{il}", x.n)
         out = self._rows(f"{kind}_rope", name, x.n)
-        args = {"x": x.address, "weight": weight.address, "eps": float_bits(eps), "n_head": n_head,
+        args = {"x": self._read(x), "weight": weight.address, "eps": float_bits(eps), "n_head": n_head,
                 "n_embd_head": x.n // n_head, "table": table, "normed": normed.address, "out": out.address,
                 "batch": self.batch_address}  # fmt: skip
         # Heads are dealt to threads as store_kv deals them: only the last op before attention needs a barrier.
@@ -318,13 +322,13 @@ class Plan:
         n_padded = widths.padded_head(kv.n_embd_head)
         shape = {"n_head_kv": kv.n_head_kv, "n_embd_head": kv.n_embd_head, "n_padded": n_padded,
                  "k_offset": kv.k_offset, "v_offset": kv.v_offset, "batch": self.batch_address}  # fmt: skip
-        self._record(f"rope:store_kv_{kv.kv_type}", "store_kv", {"k": k.address, "v": v.address} | shape)
+        self._record(f"rope:store_kv_{kv.kv_type}", "store_kv", {"k": self._read(k), "v": self._read(v)} | shape)
         out = self._rows("mixed", f"attn-{il}", q.n)
         n_gqa, n_chunks = n_head // kv.n_head_kv, -(-self.n_ctx // widths.CHUNK_TOKENS)
         parts_nbytes = widths.parts_nbytes(SPLIT_TOKENS, kv.n_head_kv, n_gqa, n_padded, n_chunks)
         parts = self._side_buffer("parts", parts_nbytes)
         self.scratch(widths.attention_nbytes(n_padded, n_gqa))
-        args = {"q": q.address, "n_head": n_head, "scale": float_bits(kv.n_embd_head**-0.5), "parts": parts,
+        args = {"q": self._read(q), "n_head": n_head, "scale": float_bits(kv.n_embd_head**-0.5), "parts": parts,
                 "out": out.address, "act": 0}  # fmt: skip
         whole = self._record(f"attention:attention_{kv.kv_type}", "attention", args | shape)
         merge = {"parts": parts, "n_head": n_head, "n_head_kv": kv.n_head_kv, "n_embd_head": kv.n_embd_head,
@@ -355,7 +359,7 @@ class Plan:
         return CompiledPlan(self.ops, table.ctypes.data, row[out_at : out_at + 1], keep)
 
 
-def kernel_type(w: Weight) -> str:
+def kernel_type(ggml_type: GGMLType) -> str:
     """A type as kernels spell it: q4_0, q6_K, bf16."""
-    name = w.ggml_type.name
+    name = ggml_type.name
     return name[:-1].lower() + name[-1] if name.endswith("_K") else name.lower()

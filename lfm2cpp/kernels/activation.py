@@ -66,8 +66,7 @@ from .widths import (
 
 QK = 32
 ROW_BYTES = 4 * QK  # of a block's float32
-CANDIDATES = 4  # numbers of levels that are tried, from 127 down
-LEVELS = tuple(np.float32(127 - i) for i in range(CANDIDATES))
+LEVELS = tuple(np.float32(127 - i) for i in range(4))  # numbers of levels that best_levels tries
 FACTORS = tuple(np.float32(1 / float(levels) ** 2) for levels in LEVELS)  # of squared errors in scales
 LEAST = np.float32(1e-35)  # below it a scale or its inverse would not be a normal float32
 

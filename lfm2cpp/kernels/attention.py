@@ -291,7 +291,8 @@ def make_attention(kv: KVType) -> Any:
         """out[t] = softmax(scale * q k^T) v per head; q, out: (n_tokens, n_head * n_embd_head) float32.
 
         With SPLIT_CHUNKS set, only leaves results in `parts` for merge_parts: [token][KV head][chunk][query head of
-        the group], widths.parts_nbytes in all.
+        the group], widths.parts_nbytes in all. Whichever of the two finishes rows also quantizes them into `act`, if
+        it is not 0: heads must then be whole blocks.
         """
         s = scratch + ith * scratch_bytes
         n_split = load_i64(batch + 8 * SPLIT_CHUNKS)
@@ -329,7 +330,7 @@ def make_attention(kv: KVType) -> Any:
 
 @kernel
 def merge_parts(parts, n_head, n_head_kv, n_embd_head, n_padded, out, act, batch, scratch, scratch_bytes, ith, nth):
-    """The chunks that attention left in parts, in order -> finished rows of out."""
+    """The chunks that attention left in parts, in order -> finished rows of out and of `act`, as in attention."""
     n_chunks = load_i64(batch + 8 * SPLIT_CHUNKS)
     if n_chunks == 0:
         return

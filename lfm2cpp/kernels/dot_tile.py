@@ -63,7 +63,7 @@ class DotTile:
     dot_u4_alone: Any  # (q, a, next_tile): the same without z
     dot_i8: Any  # (z, q, a, next_tile): the same for signed weights, through panel_i8; z: what I8_BIAS added, negative
     dot_u6_low: Any  # (z, q, a, next_tile) -> z[t] + the first 16 columns of weights 0..63
-    dot_u6_high: Any  # the same of the other 16
+    dot_u6_high: Any  # the same of the other 16; a: where those are, a + HALF; q as before
     scale: Any  # (f, sums, scales, d, next_tile) -> f + sums * (scales * d[t])
     scale_and_add: Any  # (f, sums, scales, d, minima, ds, next_tile): f + sums * (scales * d[t]) + minima * ds[t]
     scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d, next_tile)
@@ -192,7 +192,7 @@ def in_order(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
 
 @cache
 def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
-    """The words for tiles of the rows of `source` by `n_tokens`, which is even."""
+    """The words for tiles of the rows of `source` by `n_tokens`, which is even for PAIRS."""
     lay = (Pairs if PAIRS else Columns)(n_tokens, source)
     count = lay.n_row_vectors * lay.n_token_vectors
     columns, row_floats = source.columns, source.floats
@@ -238,7 +238,9 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
 
     def sums_of_pairs(builder: ir.IRBuilder, steps: Iterator[Any], largest: int) -> Any:
         """Weights 0..largest, whose products come in pairs: those stay in 16 bits for as many steps as fit."""
-        fit, sums, pairs = pairs_that_fit(largest), zeros(), []
+        steps = list(steps)
+        fit, sums, pairs = min(pairs_that_fit(largest), len(steps)), zeros(), []
+        assert len(steps) % fit == 0, "the last pairs would not be added"
         for step, (rows, tokens) in enumerate(steps):
             products = [pair_products(builder, w, x) for w in rows for x in tokens]
             pairs = [builder.add(*two) for two in zip(pairs, products, strict=True)] if step % fit else products

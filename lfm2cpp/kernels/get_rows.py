@@ -7,7 +7,7 @@ from typing import Any
 
 from .compiler import kernel
 from .scalar import f32_of_bits, load_f16, load_f32, load_i32, load_i64, load_u16, store_f32
-from .weights import q4_0, q4_1, q6_K, q8_0
+from .weights import BLOCK_TYPES
 
 
 def make_get_rows(weights: ModuleType) -> Any:
@@ -48,7 +48,4 @@ def _make_bf16() -> Any:
 get_rows_f32 = make_get_float_rows(load_f32, 4)
 get_rows_f16 = make_get_float_rows(load_f16, 2)
 get_rows_bf16 = make_get_float_rows(_make_bf16(), 2)
-get_rows_q4_0 = make_get_rows(q4_0)
-get_rows_q4_1 = make_get_rows(q4_1)
-get_rows_q6_K = make_get_rows(q6_K)
-get_rows_q8_0 = make_get_rows(q8_0)
+globals().update({f"get_rows_{name}": make_get_rows(weights) for name, weights in BLOCK_TYPES.items()})

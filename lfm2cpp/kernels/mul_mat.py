@@ -25,8 +25,10 @@ from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, is_streamed, next_unit, rows_of_unit, take_rows
 from .simd import W, load_f32, splat_f32, store_f32, transpose_square
-from .weights import q4_0, q4_1, q6_K, q8_0
+from .weights import BLOCK_TYPES
 from .widths import FEW_TOKENS, SLICED_TOKENS, TILE_TOKENS
+
+TAIL_BYTES = 64 * W  # of scratch: the blocks of an incomplete group, zero beyond them
 
 
 @device
@@ -80,6 +82,7 @@ def make_decode(weights: ModuleType) -> Any:
     transpose.
     """
     sum_row = make_row_sums(weights)
+    assert W // (weights.BLOCK // 32) * weights.BLOCK_BYTES <= TAIL_BYTES
 
     @device
     def decode_rows(w, row_bytes, n_rows, n, act, out, add, first, last, far, scratch):
@@ -96,10 +99,6 @@ def make_decode(weights: ModuleType) -> Any:
             store_rows(lanes, columns, out, add, row, n_rows)
 
     return decode_rows
-
-
-TAIL_BYTES = 64 * W  # of scratch: the blocks of an incomplete group, zero beyond them
-assert max(W // (t.BLOCK // 32) * t.BLOCK_BYTES for t in (q4_0, q4_1, q6_K, q8_0)) <= TAIL_BYTES
 
 
 def make_stream(weights: ModuleType) -> Any:
@@ -192,7 +191,4 @@ def make_mul_mat(weights: ModuleType) -> Any:
     return kernel(mul_mat)
 
 
-mul_mat_q4_0 = make_mul_mat(q4_0)
-mul_mat_q4_1 = make_mul_mat(q4_1)
-mul_mat_q6_K = make_mul_mat(q6_K)
-mul_mat_q8_0 = make_mul_mat(q8_0)
+globals().update({f"mul_mat_{name}": make_mul_mat(weights) for name, weights in BLOCK_TYPES.items()})

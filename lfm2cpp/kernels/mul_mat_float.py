@@ -1,7 +1,7 @@
 """out[t] = W x[t] for F32, F16 and BF16 weights by float32 activations.
 
-The same two ways and the same promise as mul_mat.py; here lane c of a row's sum takes the columns k with k % W == c,
-one after the other: a chain.
+One token at a time or a panel, as in mul_mat.py and with the same promise; here lane c of a row's sum takes the columns
+k with k % W == c, one after the other: a chain.
 
 Where the CPU multiplies BF16 faster, two elements are one column of 4 bytes, and so are the activations, which
 round_rows rounds to BF16; the rest is the same.

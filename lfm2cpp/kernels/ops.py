@@ -1,8 +1,8 @@
 """Row ops between the matrix products: norms, SwiGLU, sums. Rows are float32; n is their width.
 
-Where a product with block weights follows, an op also leaves the quantized row (`act` not 0), so that no op of its own
-is needed. One token's row is shared out among the threads; of several tokens each thread takes a run, so that no two
-threads write into the same cache lines of a tile of quantized rows.
+Where a product with block weights follows, an op also leaves the quantized row (`act` not 0), a norm perhaps nothing
+else (`out` 0), so that no op of its own is needed. One token's row is shared out among the threads; of several tokens
+each thread takes a run, so that no two threads write into the same cache lines of a tile of quantized rows.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def file_nbytes(weights: ModuleType) -> int:
 def make_panel_product(weights: ModuleType) -> PanelProduct:
     prepare_rows, block_columns, block_scales = weights.prepare_rows, weights.block_columns, weights.block_scales
     n_scales = weights.N_SCALES
+    assert n_scales <= 3, "run_tiles hands on three addresses"
     store_columns, store_scales = make_store_apart(8, bytes_), make_store_apart(n_scales, f32)
     block_nbytes, asked = SCALES + n_scales * SUMS, 2 * file_nbytes(weights)
     ask_for_block = make_prefetch_lines(range(0, asked, LINE), False)

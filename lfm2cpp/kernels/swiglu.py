@@ -28,7 +28,7 @@ from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, is_streamed, next_unit, take_rows
 from .simd import W
-from .weights import q4_0, q4_1, q6_K, q8_0
+from .weights import BLOCK_TYPES
 from .widths import FEW_TOKENS, QUANTIZE_NBYTES, SLICED_TOKENS, TILE_TOKENS
 
 ROWS = 2 * W  # rows of a unit
@@ -166,7 +166,4 @@ def make_swiglu(weights: ModuleType) -> Any:
     return kernel(swiglu)
 
 
-swiglu_q4_0 = make_swiglu(q4_0)
-swiglu_q4_1 = make_swiglu(q4_1)
-swiglu_q6_K = make_swiglu(q6_K)
-swiglu_q8_0 = make_swiglu(q8_0)
+globals().update({f"swiglu_{name}": make_swiglu(weights) for name, weights in BLOCK_TYPES.items()})

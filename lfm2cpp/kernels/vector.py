@@ -1,7 +1,7 @@
 """Vectors as Numba values: the types, their operators, and how an intrinsic over them is declared.
 
 A vector is an LLVM vector held in a local variable; LLVM allocates the register. `a + b`, `a * b`, `a & b`, `a >> 4`
-work lane by lane. simd.py adds the words that make up the vocabulary.
+work lane by lane. The package simd adds the words that make up the vocabulary.
 """
 
 from __future__ import annotations

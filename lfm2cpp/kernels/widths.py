@@ -12,8 +12,8 @@ BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded 
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
 FLOATS_IN_MEMORY = PAIR_SUMS  # where a quantized product's float sums lie from block to block (dot_tile.py)
-# Tokens of the widest tile of a quantized product: the integer sums must fit the registers, and the float sums unless
-# they lie in memory.
+# Tokens of a tile of activations, and of the widest tile of a panel's product: the integer sums must fit the registers,
+# and the float sums unless they lie in memory.
 TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
 MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
@@ -47,7 +47,7 @@ ASKED_ONCE = _TARGET.zen > 0
 ASKED_NEAR = _TARGET.zen >= 5
 
 
-QUANTIZE_NBYTES = (1 + 6 + 32 + 32) * 4 * W  # scratch of quantize_lanes (activation.py)
+QUANTIZE_NBYTES = 4 * W + ACT_GROUP - ACT_D + 2 * 32 * 4 * W  # scratch of quantize_lanes (activation.py)
 
 
 def activation_nbytes(n: int) -> int:
@@ -69,8 +69,9 @@ def padded_head(n_embd_head: int) -> int:
 
 
 def panel_nbytes(n: int) -> int:
-    """Scratch bytes that a product with rows of n needs at most: two panels, a copy of rows, two sets of sums;
-    and what quantizing its results needs."""
+    """Scratch bytes that a product with rows of n needs at most: two panels of floats, a copy of rows, two sets of
+    sums, and what quantizing its results needs. Panels of integers are smaller, and leave room for prepared rows.
+    """
     runs = -(-n // PANEL_ROWS)
     sums = 2 * 4 * PANEL_ROWS * (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS)
     return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192 + QUANTIZE_NBYTES
@@ -93,7 +94,7 @@ def parts_nbytes(n_tokens: int, n_head_kv: int, n_gqa: int, n_padded: int, n_chu
 
 def attention_nbytes(n_padded: int, n_gqa: int) -> int:
     """Scratch bytes of attention: a list of blocks, and the scores of few tokens, or the scores and results of a tile
-    and the states of a group of tokens."""
+    and the states of a group of tokens. Quantizing takes what is over by then."""
     scores = max(SPLIT_ROWS, rows_of_group(n_gqa)) * 4 * CHUNK_TOKENS
     row = 4 * (PANEL_ROWS + n_padded)
     grouped = QUERY_TILE * 4 * CHUNK_TOKENS + (QUERY_TILE + QUERY_GROUP) * row

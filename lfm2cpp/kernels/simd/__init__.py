@@ -4,7 +4,8 @@ A vector register is seen in two ways: as W float32 or int32 lanes (`f32`, `i32`
 (`bytes_`), the unit in which quantized blocks are moved. Words that work "within each piece" are what every
 instruction set has, from NEON's one piece to AVX-512's four.
 
-Generic LLVM IR wherever LLVM selects the right instruction from it; a level's own intrinsics only in ../dot.py.
+Generic LLVM IR wherever LLVM selects the right instruction from it; a level's own intrinsics where it does not: in
+../dot.py for the products, and in a few words here.
 """
 
 from __future__ import annotations

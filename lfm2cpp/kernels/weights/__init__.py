@@ -1,20 +1,40 @@
-"""One module a weight type. For a block type a module says
+"""What kernels need of a weight type: a module a block type, floats.py for F32, F16 and BF16; columns.py and nibbles.py
+are what several block types share. For a block type a module says
 
-    BLOCK, BLOCK_BYTES         elements and bytes of a block in the file
+    BLOCK, BLOCK_BYTES         elements (a multiple of 32) and bytes of a block in the file
     row_group(row, g)          address of group g (W blocks of 32 columns) of the row at `row`
     dot_group(acc, w, act, n_groups, g, far)
-                               acc + the products of the group at w with group g of an activation row, lane = block;
-                               between its products it asks for what lies `far` bytes ahead (make_prefetches)
+                               acc + the products of the group at w, which may be a copy completed with zeros, with
+                               group g of the activation row at act (activation.py: one token), lane = block; between
+                               its products it asks for what lies `far` bytes ahead (make_prefetches)
     prepare_rows(w, row_bytes, n_blocks, room)
-                               W rows as the next two take them: w, or the address of a copy at `room`
+                               W rows of n_blocks * 32 elements as the next two take them: w, or the address of a copy
+                               at `room`, of SCALES + N_SCALES * SUMS bytes (panel.py) for 32 columns at most
     block_columns(rows, row_bytes, b)
-                               block b (32 columns) of W rows, as eight vectors of integers (columns.py)
+                               columns 32 b .. 32 b + 31 of W rows: a tuple of eight vectors of integers (columns.py),
+                               of the range that finish_block's dot takes, signed ones through panel_i8
     N_SCALES, block_scales(rows, row_bytes, b)
-                               its N_SCALES scales and minima: vectors of float32, one a row
-    finish_block(tile)         finish(f, q, scales, a, tables, n_groups): f + scaled integer sums of a tile
-                               (dot_tile.py); the same float operations as dot_group's
+                               their scales and minima: a tuple of N_SCALES (1 to 3) vectors of float32, one a row
+    finish_block(tile)         finish(f, q, scales, a, tables, table_step): f + scaled integer sums of a tile
+                               (dot_tile.py) over 32 columns; the same float operations as dot_group's. a: their
+                               activations; table X has their entry at tables + table_step * ACT_X, and what belongs to
+                               the tile that follows lies next_tile = table_step * ACT_GROUP further
     dequantize_block(w, out)   BLOCK float32
 
-and a scalar type (floats.py) only load(address) -> W float32 and the size of an element. mul_mat.py, mul_mat_float.py,
-swiglu.py, swiglu_float.py and get_rows.py do the rest.
+None of them reads beyond the row, group or block it is given. mul_mat.py, panel.py, few_tokens.py, swiglu.py and
+get_rows.py do the rest for every type of BLOCK_TYPES. Beside its module and an entry there a new type needs
+
+    arch/validate.py    an entry in WEIGHT_TYPES; with it the kernels' tests take it up, and what is missing fails
+    ggml.py, gguf/      its block in NumPy (dequantize.py), for files, the reference and the tests
+    parity/             how far from Hugging Face it may be (limits.py, rounding.py)
+    benchmark/          files of random weights (random_blocks.py, random_model.py)
+    quant/              an encoder and a recipe, to write such files
 """
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import q4_0, q4_1, q6_K, q8_0
+
+BLOCK_TYPES: dict[str, ModuleType] = {"q4_0": q4_0, "q4_1": q4_1, "q6_K": q6_K, "q8_0": q8_0}  # as kernels are named

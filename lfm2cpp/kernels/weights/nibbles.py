@@ -43,7 +43,7 @@ def make_sum_nibbles(block_bytes: int) -> Any:
         s2 = _dot_pair(gather_pieces(qs + 2 * block_bytes, 4 * block_bytes), a + 16 * W)
         ask_3(qs, far)
         s3 = _dot_pair(gather_pieces(qs + 3 * block_bytes, 4 * block_bytes), a + 24 * W)
-        return sum_pieces_small(s0, s1, s2, s3)
+        return sum_pieces_small(s0, s1, s2, s3)  # of two lanes: 2 * 8 * 15 * 127 fits 16 bits
 
     return sum_nibbles
 

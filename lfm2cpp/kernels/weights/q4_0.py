@@ -45,10 +45,10 @@ def finish_block(tile):
     dot, scale = tile.dot_u4, tile.scale
 
     @device
-    def finish(f, q, scales, a, tables, n_groups):
-        next_tile = n_groups * ACT_GROUP
-        sums = dot(tables + n_groups * ACT_Z8, q, a, next_tile)
-        return scale(f, sums, scales[0], tables + n_groups * ACT_D, next_tile)
+    def finish(f, q, scales, a, tables, table_step):
+        next_tile = table_step * ACT_GROUP
+        sums = dot(tables + table_step * ACT_Z8, q, a, next_tile)
+        return scale(f, sums, scales[0], tables + table_step * ACT_D, next_tile)
 
     return finish
 

@@ -46,9 +46,9 @@ def finish_block(tile):
     dot, scale_and_add = tile.dot_u4_alone, tile.scale_and_add
 
     @device
-    def finish(f, q, scales, a, tables, n_groups):
-        next_tile = n_groups * ACT_GROUP
-        sums, d, ds = dot(q, a, next_tile), tables + n_groups * ACT_D, tables + n_groups * ACT_DS
+    def finish(f, q, scales, a, tables, table_step):
+        next_tile = table_step * ACT_GROUP
+        sums, d, ds = dot(q, a, next_tile), tables + table_step * ACT_D, tables + table_step * ACT_DS
         return scale_and_add(f, sums, scales[0], d, scales[1], ds, next_tile)
 
     return finish

@@ -48,7 +48,7 @@ store_quads = make_store_apart(4, bytes_)
 
 @device
 def row_group(row, g):
-    """For W = 4 a group is half a block; its address is the block's, offset as ql's half is."""
+    """For W = 4 a group is half a block: its address is the block's, and dot_group finds the half from g."""
     return row + (g * W // 8) * BLOCK_BYTES
 
 
@@ -135,12 +135,12 @@ def finish_block(tile):
     dot_low, dot_high, scale_halves = tile.dot_u6_low, tile.dot_u6_high, tile.scale_halves
 
     @device
-    def finish(f, q, scales, a, tables, n_groups):
-        next_tile = n_groups * ACT_GROUP
-        low = dot_low(tables + n_groups * ACT_Z32_LOW, q, a, next_tile)
-        high = dot_high(tables + n_groups * ACT_Z32_HIGH, q, a + HALF, next_tile)
+    def finish(f, q, scales, a, tables, table_step):
+        next_tile = table_step * ACT_GROUP
+        low = dot_low(tables + table_step * ACT_Z32_LOW, q, a, next_tile)
+        high = dot_high(tables + table_step * ACT_Z32_HIGH, q, a + HALF, next_tile)
         # sums are exact: below 2**24
-        return scale_halves(f, low, scales[1], high, scales[2], scales[0], tables + n_groups * ACT_D, next_tile)
+        return scale_halves(f, low, scales[1], high, scales[2], scales[0], tables + table_step * ACT_D, next_tile)
 
     return finish
 
