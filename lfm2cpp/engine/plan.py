@@ -152,8 +152,9 @@ class Plan:
 
     def _read(self, x: Rows) -> int:
         """Address of x's rows, for an op that reads them. A producer that writes them on demand only does so now."""
-        if x.producer is not None and x.producer.args.get("out") == 0:
-            x.producer.args["out"] = x.address
+        for name in ("out", "hidden"):
+            if x.producer is not None and x.producer.args.get(name) == 0:
+                x.producer.args[name] = x.address
         return x.address
 
     def _quantized(self, x: Rows) -> int:
@@ -164,7 +165,7 @@ class Plan:
             # By width: padding must stay zero.
             x.act = self._side_buffer(f"{'hidden ' * is_hidden}act {x.n}", self._act_nbytes(x.n))
             if is_hidden:
-                result |= {"hidden_act": x.act, "hidden": 0}  # its float32 rows have no other reader
+                result["hidden_act"] = x.act
             elif "act" in result:
                 result["act"] = x.act
             else:
@@ -274,12 +275,14 @@ class Plan:
             return self.swiglu(g, self.mul_mat(up, x, f"ffn_up-{il}"), f"ffn_swiglu-{il}")
         out = self._rows("swiglu", f"ffn_swiglu-{il}", n_rows, x.count)
         module, kind, operand = self._operand(gate, x)
-        args = {"gate": gate.address, "up": up.address, "n_rows": n_rows, "hidden": out.address, "count": x.count}
+        quantizes = not is_float and widths.PANEL_ROWS == 32  # a panel's rows are a block of the product that follows
+        args = {"gate": gate.address, "up": up.address, "n_rows": n_rows, "hidden": 0 if quantizes else out.address,
+                "count": x.count}  # fmt: skip
         args |= operand | {"hidden_chained" if is_float else "hidden_act": 0}
         label = f"swiglu {gate.ggml_type.name}"
         cost = {"macs": 2 * n_rows * n, "nbytes": 2 * gate.nbytes}
         op = self._record(f"swiglu{module}:swiglu_{kind}", label, args, **cost)
-        if is_float or widths.PANEL_ROWS == 32:  # a panel's rows are a block of the product that follows
+        if is_float or quantizes:
             out.producer = op
         return out
 
