@@ -94,7 +94,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
 
     @device
     def by_tiles(panel, n, act, n_tokens, totals):
-        clear_totals(totals, n_tokens + TILE_TOKENS)
+        clear_tiles(totals, n_tokens)
         room = totals + (SLICED_TOKENS + TILE_TOKENS) * SUMS
         chains_by_tiles(panel, np.int64(0), min(W, n // 32), n, act, n_tokens, totals, room)
 
@@ -116,7 +116,7 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
     def by_slices(w, row_bytes, n_rows, n, panel, coming, act, n_tokens, totals):
         n_blocks, room = n // 32, totals + (SLICED_TOKENS + TILE_TOKENS) * SUMS
         low, high = prepare(w, row_bytes, n_rows, n_blocks, panel + n_groups_of(n) * block_nbytes)
-        clear_totals(totals, n_tokens + TILE_TOKENS)
+        clear_tiles(totals, n_tokens)
         for c in range(min(W, n_blocks)):
             unpack_chains(low, high, row_bytes, c, c + 1, n_blocks, panel, coming)
             chains_by_tiles(panel, c, c + 1, n, act, n_tokens, totals, room)
@@ -164,6 +164,12 @@ def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> An
 def clear_totals(totals, n_tokens):
     for i in range(0, n_tokens * SUMS, VECTOR):
         store_f32(totals + i, splat_f32(0.0))
+
+
+@device
+def clear_tiles(totals, n_tokens):
+    """The totals of all tiles that n_tokens take, which is what chains_by_tiles writes."""
+    clear_totals(totals, (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS * TILE_TOKENS)
 
 
 @device

@@ -34,6 +34,7 @@ ACT_Z128 = 44 * W
 ACT_Z32_LOW = 48 * W
 ACT_Z32_HIGH = 52 * W
 ACT_GROUP = 56 * W
+QUANTIZE_NBYTES = 4 * W + ACT_GROUP - ACT_D + 2 * 32 * 4 * W  # scratch of quantize_lanes (activation.py)
 
 LOGITS_GROUP = 8 * W  # logits of which a sampler knows the largest
 LOGITS_BINS = 512  # by which it finds where a share of all probability ends
@@ -45,9 +46,6 @@ LINE = 64  # bytes of a cache line
 # Up to Zen 4 a request that finds no place is forgotten, so streams that keep all places taken are asked for again.
 ASKED_ONCE = _TARGET.zen > 0
 ASKED_NEAR = _TARGET.zen >= 5
-
-
-QUANTIZE_NBYTES = 4 * W + ACT_GROUP - ACT_D + 2 * 32 * 4 * W  # scratch of quantize_lanes (activation.py)
 
 
 def activation_nbytes(n: int) -> int:
