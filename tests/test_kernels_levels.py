@@ -24,7 +24,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 only_x86 = pytest.mark.skipif(not X86, reason="imitates x86 CPUs")
 HOST = frozenset(f for f, on in llvm.get_host_cpu_features().items() if on) if X86 else frozenset()
 # CPUs that stand for the levels of x86: name for NUMBA_CPU_NAME, level, what its machine code must not contain.
-WIDE, VNNI, FUSED = r"%[xyz]mm(1[6-9]|2\d|3[01])\b|%zmm|%k[1-7]", r"\{?vpdpb", r"\bvfn?m(add|sub)"
+WIDE, VNNI, FUSED = r"%[xyz]mm(1[6-9]|2\d|3[01])\b|%[zt]mm|%k[1-7]", r"\{?vpdpb", r"\bvfn?m(add|sub)"
 AVX = r"%ymm|\bv[a-z]+[sp][sd]\b|" + WIDE
 CPUS = {
     "haswell": ("avx2", f"{WIDE}|{VNNI}"),
@@ -38,7 +38,7 @@ GOLDEN = ["tests/test_engine_golden.py", "tests/test_engine_laws.py"]
 
 def run_at(cpu: str, *command: str, **environment: str) -> str:
     """stdout of a Python process that compiles for a CPU named by hand."""
-    env = {**os.environ, "NUMBA_CPU_NAME": cpu, "PYTHONPATH": str(ROOT), **environment}
+    env = {**os.environ, "NUMBA_CPU_NAME": cpu, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment}
     env = {k: v for k, v in env.items() if v}
     done = subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -105,6 +105,15 @@ def test_a_named_cpu_has_what_its_name_promises(
     assert set(re.findall(r"\+([\w.-]+)", found.switches)) <= promised
 
 
+def test_tiles_are_used_where_linux_lets_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed, expected in ((True, "avx512-amx"), (False, "avx512-vnni")):
+        monkeypatch.setattr(level, "may_use_tiles", lambda allowed=allowed: allowed)
+        found = target(monkeypatch, NUMBA_CPU_NAME="icelake-server", NUMBA_CPU_FEATURES="+amx-tile,+amx-int8")
+        assert found.level.name == expected and ("amx-int8" in found.features) == allowed
+    monkeypatch.setattr(level, "may_use_tiles", lambda: pytest.fail("asked for a CPU without tiles"))
+    assert target(monkeypatch, NUMBA_CPU_NAME="haswell").level.name == "avx2"
+
+
 def test_which_zen(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, generation in (("znver2", 2), ("znver4", 4), ("znver5", 5), ("alderlake", 0), ("neoverse-n1", 0)):
         assert target(monkeypatch, NUMBA_CPU_NAME=name).zen == generation
@@ -120,7 +129,7 @@ def test_features_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     found = target(monkeypatch)
     best = next(one for one in level.LEVELS if found.features.issuperset(one.features))
-    assert found.level == best and HOST <= found.features
+    assert found.level == best and HOST - set(level.TILES) <= found.features
 
 
 def test_a_level_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +186,23 @@ def test_the_vocabulary_at_each_level(cpu: str) -> None:
 @pytest.mark.skipif(level.target().level.name == "avx2", reason="the whole suite runs at this level")
 def test_golden_logits_with_avx2() -> None:
     run_tests("haswell", GOLDEN[0], "-k", "further and Q4_0 or decode and Q4_0")
+
+
+PRODUCTS = """
+import numpy as np
+from kernel_calls import normal
+from test_kernels_mul_mat import BLOCK_TYPES, product, weights
+for name in BLOCK_TYPES:
+    w, x = weights(name, 40, 5120), normal(70, 5120, seed=1)
+    for n_tokens in (12, 13, 70):
+        print(name, n_tokens, product(w, x[:n_tokens]).tobytes().hex())
+"""
+
+
+@pytest.mark.skipif(not level.target().features.issuperset(level.TILES), reason="this CPU multiplies no matrices")
+def test_matrices_and_vectors_give_the_same_bits() -> None:
+    found = {name: run_at("", "-c", PRODUCTS, LFM2CPP_SIMD=name) for name in ("avx512-amx", "avx512-vnni")}
+    assert found["avx512-amx"] == found["avx512-vnni"]
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 A tile is a tuple of vectors, the outer product of vectors of rows and vectors of tokens: value [row vector][token
 vector]. Where the registers do not hold both the integer sums of a block and the float sums of a chain of blocks, the
-latter lie in memory, and their tile is an address. Its words are the same for both arrangements:
+latter lie in memory, and their tile is an address. Its words are the same for every arrangement:
 
     columns  a vector is W rows of one token. Each dot takes 4 columns of W rows and of one token, broadcast.
     pairs    for smmla of NEON i8mm: a vector is 2 rows by 2 tokens. Each dot takes 8 columns of 2 rows and of 2 tokens:
              twice the products of an instruction, and the activations are loaded, not broadcast.
+    matrices for AMX, in panels: all 32 columns of 2 W rows and of 16 tokens at once, to sums in memory (dot_matrix.py).
+             What is done with those is as in columns, half of the rows after the other.
 
 and for both places that weights come from:
 
@@ -30,6 +32,7 @@ from numba import types
 from .dot import (
     I8_BIAS,
     NEON,
+    TileDots,
     add_pairs,
     dot_pairs_value,
     dot_panel_i8_value,
@@ -37,12 +40,13 @@ from .dot import (
     pair_products,
     pairs_that_fit,
 )
+from .dot_matrix import matrix_dots
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, i32, load_vector, store_vector
-from .tile import VECTOR, load_at, pack
+from .tile import VECTOR, load_at, pack, unpack
 from .vector import shuffle, splat, vector_op
-from .widths import FLOATS_IN_MEMORY, PAIR_SUMS, PAIRS, TILE_TOKENS
+from .widths import FLOATS_IN_MEMORY, MATRICES, PAIR_SUMS, PAIRS, TILE_TOKENS
 
 int64 = types.int64
 BLOCK, ENTRY = 32, 4  # bytes of a token in a tile: of a block's integers, of a table's entries
@@ -55,34 +59,36 @@ class DotTile:
 
     q: 32 columns of the rows' integers; scales, factors, minima: one float32 a row; all as their source has them.
     a: int8 activations; z, d, ds: tables of one entry a token; all of a first tile of TILE_TOKENS tokens, those of the
-    tile that follows `next_tile` bytes further.
+    tile that follows `next_tile` bytes further. room: where integer sums may lie.
     """
 
     zero: Any  # (room) -> float tile of zeros, at `room`, if it lies in memory
-    dot_u4: Any  # (z, q, a, next_tile) -> integer tile: z[t] + 32 columns of weights 0..15 by int8 activations
-    dot_u4_alone: Any  # (q, a, next_tile): the same without z
-    dot_i8: Any  # (z, q, a, next_tile): the same for signed weights, through panel_i8; z: what I8_BIAS added, negative
-    dot_u6_low: Any  # (z, q, a, next_tile) -> z[t] + the first 16 columns of weights 0..63
+    dot_u4: Any  # (z, q, a, next_tile, room) -> integer tile: z[t] + 32 columns of weights 0..15 by int8 activations
+    dot_u4_alone: Any  # (q, a, next_tile, room): the same without z
+    dot_i8: Any  # (z, q, a, next_tile, room): for signed weights, through panel_i8; z: what I8_BIAS added, negative
+    dot_u6_low: Any  # (z, q, a, next_tile, room) -> z[t] + the first 16 columns of weights 0..63
     dot_u6_high: Any  # the same of the other 16; a: where those are, a + HALF; q as before
     scale: Any  # (f, sums, scales, d, next_tile) -> f + sums * (scales * d[t])
     scale_and_add: Any  # (f, sums, scales, d, minima, ds, next_tile): f + sums * (scales * d[t]) + minima * ds[t]
     scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d, next_tile)
     #                    sums are low * factors + high * factors
     add_to: Any  # (totals, f): totals at an address, 2 W a token
+    load: Any  # (address) -> the float tile that store has left there
+    store: Any  # (address, f)
 
 
 class Panel:
-    """2 W rows in memory."""
+    """2 W rows in memory; or W of them, one half after the other, for what is done with the sums of matrices."""
 
-    n_vectors = 2
+    n_vectors = 1 if MATRICES else 2
     columns, floats = int64, int64
 
     def bytes_of(self, builder: ir.IRBuilder, q: ir.Value, i: int) -> list[ir.Value]:
         """Vector i of 8 of every W rows."""
-        return [load_at(builder, q, (2 * i + half) * VECTOR, I8_VECTOR) for half in range(2)]
+        return [load_at(builder, q, (2 * i + half) * VECTOR, I8_VECTOR) for half in range(self.n_vectors)]
 
     def floats_of(self, builder: ir.IRBuilder, values: ir.Value) -> list[ir.Value]:
-        return [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(2)]
+        return [load_at(builder, values, half * VECTOR, F32_VECTOR) for half in range(self.n_vectors)]
 
 
 class Registers:
@@ -190,30 +196,10 @@ def in_order(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
     return [builder.extract_value(kept, i) for i in indices]
 
 
-@cache
-def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
-    """The words for tiles of the rows of `source` by `n_tokens`, which is even for PAIRS."""
-    lay = (Pairs if PAIRS else Columns)(n_tokens, source)
-    count = lay.n_row_vectors * lay.n_token_vectors
-    columns, row_floats = source.columns, source.floats
-    ints, floats = types.UniTuple(i32, count), int64 if FLOATS_IN_MEMORY else types.UniTuple(f32, count)
-
-    def float_at(builder: ir.IRBuilder, f: ir.Value, i: int) -> ir.Value:
-        return load_at(builder, f, i * VECTOR, F32_VECTOR) if FLOATS_IN_MEMORY else builder.extract_value(f, i)
-
-    def with_float(builder: ir.IRBuilder, f: ir.Value, i: int, value: ir.Value) -> ir.Value:
-        """The float tile f whose value i is this one."""
-        if not FLOATS_IN_MEMORY:
-            return builder.insert_value(f, value, i)
-        store_vector(builder, builder.add(f, ir.Constant(I64, i * VECTOR)), value)
-        return f
-
-    @vector_op(floats, int64)
-    def zero(builder, room):
-        f = room if FLOATS_IN_MEMORY else ir.Constant(ir.ArrayType(F32_VECTOR, count), ir.Undefined)
-        for i in range(count):
-            f = with_float(builder, f, i, ir.Constant(F32_VECTOR, None))
-        return f
+def vector_dots(lay: Columns | Pairs, source: Panel | Registers) -> TileDots:
+    """The integer words whose sums are held in registers."""
+    count, columns = lay.n_row_vectors * lay.n_token_vectors, source.columns
+    ints = types.UniTuple(i32, count)
 
     def zeros() -> list[ir.Value]:
         return [ir.Constant(I32_VECTOR, None)] * count
@@ -257,27 +243,55 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         sums = sums_of_pairs(builder, steps, largest)
         return pack(builder, [builder.add(*two) for two in zip(sums, starts(builder, z, next_tile), strict=True)])
 
-    @vector_op(ints, int64, columns, int64, int64)
-    def dot_u4(builder, z, q, a, next_tile):
+    @vector_op(ints, int64, columns, int64, int64, int64)
+    def dot_u4(builder, z, q, a, next_tile, _):
         return unsigned_dots(builder, z, q, a, next_tile, range(32), 15)
 
-    @vector_op(ints, columns, int64, int64)
-    def dot_u4_alone(builder, q, a, next_tile):
+    @vector_op(ints, columns, int64, int64, int64)
+    def dot_u4_alone(builder, q, a, next_tile, _):
         return unsigned_dots(builder, None, q, a, next_tile, range(32), 15)
 
-    @vector_op(ints, int64, columns, int64, int64)
-    def dot_u6_low(builder, z, q, a, next_tile):
+    @vector_op(ints, int64, columns, int64, int64, int64)
+    def dot_u6_low(builder, z, q, a, next_tile, _):
         return unsigned_dots(builder, z, q, a, next_tile, range(16), 63)
 
-    @vector_op(ints, int64, columns, int64, int64)
-    def dot_u6_high(builder, z, q, a, next_tile):
+    @vector_op(ints, int64, columns, int64, int64, int64)
+    def dot_u6_high(builder, z, q, a, next_tile, _):
         return unsigned_dots(builder, z, q, a, next_tile, range(16, 32), 63)
 
-    @vector_op(ints, int64, columns, int64, int64)
-    def dot_i8(builder, z, q, a, next_tile):
+    @vector_op(ints, int64, columns, int64, int64, int64)
+    def dot_i8(builder, z, q, a, next_tile, _):
         first = starts(builder, z if I8_BIAS else None, next_tile)
         steps = operands(builder, q, a, next_tile, range(32 // lay.step))
         return pack(builder, sums_of_dots(builder, first, steps, lay.dot_i8))
+
+    return TileDots(ints, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, ir.IRBuilder.extract_value)
+
+
+@cache
+def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
+    """The words for tiles of the rows of `source` by `n_tokens`, which is even for PAIRS."""
+    lay = (Pairs if PAIRS else Columns)(n_tokens, source)
+    dots = matrix_dots() if MATRICES and source is PANEL else vector_dots(lay, source)
+    count, ints, row_floats = lay.n_row_vectors * lay.n_token_vectors, dots.kind, source.floats
+    floats = int64 if FLOATS_IN_MEMORY else types.UniTuple(f32, count)
+
+    def float_at(builder: ir.IRBuilder, f: ir.Value, i: int) -> ir.Value:
+        return load_at(builder, f, i * VECTOR, F32_VECTOR) if FLOATS_IN_MEMORY else builder.extract_value(f, i)
+
+    def with_float(builder: ir.IRBuilder, f: ir.Value, i: int, value: ir.Value) -> ir.Value:
+        """The float tile f whose value i is this one."""
+        if not FLOATS_IN_MEMORY:
+            return builder.insert_value(f, value, i)
+        store_vector(builder, builder.add(f, ir.Constant(I64, i * VECTOR)), value)
+        return f
+
+    @vector_op(floats, int64)
+    def zero(builder, room):
+        f = room if FLOATS_IN_MEMORY else ir.Constant(ir.ArrayType(F32_VECTOR, count), ir.Undefined)
+        for i in range(count):
+            f = with_float(builder, f, i, ir.Constant(F32_VECTOR, None))
+        return f
 
     def add_scaled(builder, f, total, scales, d, next_tile, minima=None, ds=None):
         """f + total(i, r) * (scales * d) + minima * ds; value i is of row vector r.
@@ -298,7 +312,7 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         return f
 
     def as_float(builder: ir.IRBuilder, sums: ir.Value, i: int) -> ir.Value:
-        return builder.sitofp(builder.extract_value(sums, i), F32_VECTOR)
+        return builder.sitofp(dots.sum_of(builder, sums, i), F32_VECTOR)
 
     @vector_op(floats, floats, ints, row_floats, int64, int64)
     def scale(builder, f, sums, scales, d, next_tile):
@@ -318,6 +332,15 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
 
         return add_scaled(builder, f, total, scales, d, next_tile)
 
+    @vector_op(floats, int64)
+    def load(builder, address):
+        return pack(builder, [load_at(builder, address, i * VECTOR, F32_VECTOR) for i in range(count)])
+
+    @vector_op(types.void, int64, floats)
+    def store(builder, address, f):
+        for i, value in enumerate(unpack(builder, f)):
+            store_vector(builder, builder.add(address, ir.Constant(I64, i * VECTOR)), value)
+
     @vector_op(types.void, int64, floats)
     def add_to(builder, totals, f):
         for i, value in enumerate(lay.by_token(builder, [float_at(builder, f, i) for i in range(count)])):
@@ -328,8 +351,9 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
-        zero, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, scale, scale_and_add, scale_halves, add_to
-    )
+        zero, dots.dot_u4, dots.dot_u4_alone, dots.dot_i8, dots.dot_u6_low, dots.dot_u6_high, scale, scale_and_add,
+        scale_halves, add_to, load, store,
+    )  # fmt: skip
 
 
 assert I32_VECTOR.count == W

@@ -62,7 +62,8 @@ def _make_run_rows(weights: ModuleType, widths: tuple[int, ...]) -> Any:
 
 def _make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
     tile = make_dot_tile(n_tokens, REGISTERS)
-    zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
+    zero, add_to = tile.zero, tile.add_to
+    sum_block, finish = weights.sum_block(tile), weights.finish_block(tile)
     block_columns, block_scales, nbytes = weights.block_columns, weights.block_scales, file_nbytes(weights)
     ask_for_block = make_prefetch_lines(range(0, nbytes, LINE), False)
 
@@ -81,7 +82,8 @@ def _make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
                 ask_for_block(coming)
                 coming += nbytes
                 q, scales = block_columns(w, row_bytes, b), block_scales(w, row_bytes, b)
-                f = finish(f, q, scales, a, tables, TILE_TOKENS * n_groups)
+                sums = sum_block(q, a, tables, TILE_TOKENS * n_groups, room)
+                f = finish(f, sums, scales, tables, TILE_TOKENS * n_groups)
                 a += TILE_TOKENS * BLOCK
                 tables += TILE_TOKENS * ENTRY
             add_to(totals, f)

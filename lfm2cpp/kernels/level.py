@@ -34,9 +34,13 @@ class Level:
         return self.bits // 32
 
 
+_AVX512_LEVEL = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
+TILES = ("amx-tile", "amx-int8")  # features whose use Linux has to allow
+
 # Best first. Every level's features are checked before it is used: a missing one would abort the process.
 LEVELS: tuple[Level, ...] = (
-    Level("avx512-vnni", 512, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")),
+    Level("avx512-amx", 512, (*_AVX512_LEVEL, *TILES)),
+    Level("avx512-vnni", 512, _AVX512_LEVEL),
     Level("avx-vnni", 256, ("avx2", "avxvnni", "fma", "f16c")),
     Level("avx2", 256, ("avx2", "fma", "f16c")),
     Level("neon-i8mm", 128, ("neon", "dotprod", "i8mm")),
@@ -161,15 +165,27 @@ def _arm_features(name: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1)
+def may_use_tiles() -> bool:
+    """Ask Linux to let this process use AMX's tiles: their 8 KiB enlarge what it saves of every thread."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18  # a system call, ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+    return ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data) == 0
+
+
+@lru_cache(maxsize=1)
 def target() -> Target:
     """The level in use. UsageError when LFM2CPP_SIMD names one that this CPU does not have."""
     cpu = _cpu()
-    usable = [level for level in LEVELS if cpu.features.issuperset(level.features)]
+    features = cpu.features
+    if not features.isdisjoint(TILES) and not may_use_tiles():
+        features -= set(TILES)
+    usable = [level for level in LEVELS if features.issuperset(level.features)]
     wanted = os.environ.get("LFM2CPP_SIMD") or usable[0].name
     for level in usable:
         if level.name == wanted:
             # Said once more, because not every list of LLVM's tells all.
             switches = [cpu.switches, *("+" + feature for feature in level.features)]
-            return Target(level, cpu.name, cpu.features, ",".join(filter(None, switches)))
+            return Target(level, cpu.name, features, ",".join(filter(None, switches)))
     names = ", ".join(level.name for level in usable)
     raise UsageError(f"LFM2CPP_SIMD={wanted!r} is not available on this CPU ({cpu.name}); choose one of: {names}")

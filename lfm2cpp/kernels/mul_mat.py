@@ -18,15 +18,16 @@ from typing import Any
 
 from .activation import first_tile, n_groups_of, tile_stride
 from .compiler import device, kernel
+from .dot_matrix import leave_matrices, use_matrices
 from .few_tokens import make_few_tokens
-from .panel import TOTALS, ask_for_totals, make_panel_product, store_totals
+from .panel import ask_for_totals, make_panel_product, store_totals
 from .scalar import atomic_add, keep_apart, load_i64, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, is_streamed, next_unit, rows_of_unit, take_rows
 from .simd import W, load_f32, splat_f32, store_f32, transpose_square
 from .weights import BLOCK_TYPES
-from .widths import FEW_TOKENS, SLICED_TOKENS, TILE_TOKENS
+from .widths import FEW_TOKENS, SLICED_TOKENS, TILE_TOKENS, TOTALS
 
 TAIL_BYTES = 64 * W  # of scratch: the blocks of an incomplete group, zero beyond them
 
@@ -159,11 +160,13 @@ def make_use_panels(weights: ModuleType) -> Any:
     @device
     def use_panels(w, row_bytes, n_rows, n, act, n_tokens, out, add, nth, work, totals):
         panel, unit = totals + TOTALS, 2 * W
+        use_matrices()
         row = atomic_add(work, 1) * unit
         while row < n_rows:
             coming = w + (row + nth * unit) * row_bytes
             use_panel(w, row_bytes, n_rows, n, panel, act, n_tokens, out, add, row, coming, totals)
             row = atomic_add(work, 1) * unit
+        leave_matrices()
 
     return use_panels
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .activation import n_groups_of, tile_stride
 from .compiler import device
+from .dot_matrix import make_panel_columns
 from .dot_tile import BLOCK, ENTRY, PANEL, make_dot_tile
 from .scalar import hold, keep_apart, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
@@ -31,12 +32,20 @@ from .simd import (
     splat_f32,
     store_f32,
 )
-from .widths import FEW_TOKENS, LINE, MEDIUM_TILE_TOKENS, SLICED_TOKENS, SMALL_TILE_TOKENS, TILE_TOKENS
+from .widths import (
+    LINE,
+    MATRICES,
+    MATRIX_BLOCKS,
+    MEDIUM_TILE_TOKENS,
+    PANEL_SUMS,
+    SLICED_TOKENS,
+    SMALL_TILE_TOKENS,
+    TILE_TOKENS,
+)
 
 VECTOR = 4 * W  # bytes
 SUMS = 2 * VECTOR  # bytes of one token's sums of the rows of a panel
 SCALES = 16 * VECTOR  # offset in a block of a panel
-TOTALS = (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS) * SUMS  # bytes of the sums of some tokens, and of a chain
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,12 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
     n_scales = weights.N_SCALES
     assert n_scales <= 3, "run_tiles hands on three addresses"
     store_columns, store_scales = make_store_apart(8, bytes_), make_store_apart(n_scales, f32)
+    panel_columns = make_panel_columns(weights.OFFSET)
     block_nbytes, asked = SCALES + n_scales * SUMS, 2 * file_nbytes(weights)
     ask_for_block = make_prefetch_lines(range(0, asked, LINE), False)
     widths = TILE_TOKENS, MEDIUM_TILE_TOKENS, SMALL_TILE_TOKENS  # of which the last two may be one
-    run_tiles = {n_tokens: _make_run_tiles(weights, n_tokens, block_nbytes) for n_tokens in widths}
+    make_run_tiles = _make_run_matrices if MATRICES else _make_run_tiles
+    run_tiles = {n_tokens: make_run_tiles(weights, n_tokens, block_nbytes) for n_tokens in widths}
     wide, medium, small = (run_tiles[n_tokens] for n_tokens in widths)
 
     @device
@@ -80,9 +91,9 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
         for c in range(first, last):
             for b in range(c, n_blocks, W):
                 ask_for_block(coming + b * asked)
-                store_columns(panel, SUMS, block_columns(low, row_bytes, b))
+                store_columns(panel, SUMS, panel_columns(block_columns(low, row_bytes, b)))
                 store_scales(panel + SCALES, SUMS, block_scales(low, row_bytes, b))
-                store_columns(panel + VECTOR, SUMS, block_columns(high, row_bytes, b))
+                store_columns(panel + VECTOR, SUMS, panel_columns(block_columns(high, row_bytes, b)))
                 store_scales(panel + VECTOR + SCALES, SUMS, block_scales(high, row_bytes, b))
                 panel += block_nbytes
 
@@ -127,7 +138,8 @@ def make_panel_product(weights: ModuleType) -> PanelProduct:
 def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> Any:
     """Chains of a panel by the first n_tokens tokens of each of some tiles."""
     tile = make_dot_tile(n_tokens, PANEL)
-    zero, add_to, finish = tile.zero, tile.add_to, weights.finish_block(tile)
+    zero, add_to = tile.zero, tile.add_to
+    sum_block, finish = weights.sum_block(tile), weights.finish_block(tile)
     ask_for_block = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK, LINE), False)
 
     @device
@@ -149,7 +161,8 @@ def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> An
                     ask_for_block(a + ahead)
                     scales = block + SCALES
                     scales = scales, scales + SUMS, scales + 2 * SUMS  # as many of them as there are
-                    f = finish(f, block, scales, a, tables, TILE_TOKENS * n_groups)
+                    sums = sum_block(block, a, tables, TILE_TOKENS * n_groups, room)
+                    f = finish(f, sums, scales, tables, TILE_TOKENS * n_groups)
                     block += block_nbytes
                     a += TILE_TOKENS * BLOCK
                     tables += TILE_TOKENS * ENTRY
@@ -158,6 +171,82 @@ def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> An
             act += tile_stride(n_groups)
 
     return run_tiles
+
+
+def _make_run_matrices(weights: ModuleType, n_tokens: int, block_nbytes: int) -> Any:
+    """The same with products of matrices, whose sums lie in memory.
+
+    All products of some blocks come first, then all that is done with their sums: hardly anything of the one runs
+    beside the other, and a sum that was just stored is slow to read. That takes half of the rows at a time, and asks
+    for the blocks that follow, of weights and of activations.
+    """
+    tile = make_dot_tile(n_tokens, PANEL)
+    zero, add_to, load, store = tile.zero, tile.add_to, tile.load, tile.store
+    sum_block, finish = weights.sum_block(tile), weights.finish_block(tile)
+    sums_nbytes = weights.N_SUMS * PANEL_SUMS + LINE  # the line keeps them apart in the first-level cache
+    ask_for_block = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK, LINE), False)
+    ask_for_weights = make_prefetch_lines(range(0, block_nbytes // 2, LINE), True)
+    ask_for_tokens = make_prefetch_lines(range(0, TILE_TOKENS * BLOCK // 2, LINE), True)
+
+    @device
+    def multiply(block, count, a, ahead, sums):
+        for _ in range(count):
+            ask_for_block(ahead)
+            sum_block(block, a, 0, 0, sums)
+            block += block_nbytes
+            a += TILE_TOKENS * BLOCK
+            ahead += TILE_TOKENS * BLOCK
+            sums += sums_nbytes
+
+    @device
+    def finish_blocks(f, block, count, tables, table_step, sums, coming, a):
+        for _ in range(count):
+            ask_for_weights(coming)
+            ask_for_tokens(a)
+            scales = block + SCALES
+            scales = scales, scales + SUMS, scales + 2 * SUMS  # as many of them as there are
+            f = finish(f, (sums, sums + PANEL_SUMS), scales, tables, table_step)
+            block += block_nbytes
+            tables += TILE_TOKENS * ENTRY
+            sums += sums_nbytes
+            coming += block_nbytes
+            a += TILE_TOKENS * BLOCK
+        return f
+
+    @device
+    def run_matrices(panel, first, last, n_blocks, n_groups, act, n_tiles, totals, room):
+        keep_apart()
+        sums, step = room + TILE_TOKENS * SUMS, TILE_TOKENS * n_groups
+        for _ in range(n_tiles):
+            block = panel
+            for c in range(first, last):
+                a = hold(act + c * n_groups * (TILE_TOKENS * BLOCK))
+                ahead = hold(a + tile_stride(n_groups))
+                tables = hold(act + c * n_groups * (TILE_TOKENS * ENTRY))
+                left, continued = (n_blocks - c + W - 1) // W, False
+                while left:
+                    count = left // ((left + MATRIX_BLOCKS - 1) // MATRIX_BLOCKS)  # about as many every time
+                    left -= count
+                    multiply(block, count, a, ahead, sums)
+                    coming, a_coming = block + count * block_nbytes, a + count * (TILE_TOKENS * BLOCK)
+                    for half in range(2):
+                        held = room + half * (TILE_TOKENS * VECTOR)
+                        f = load(held) if continued else zero(held)
+                        f = finish_blocks(
+                            f, block + half * VECTOR, count, tables, step, sums + half * (PANEL_SUMS // 2),
+                            coming + half * (block_nbytes // 2), a_coming + half * (TILE_TOKENS * BLOCK // 2),
+                        )  # fmt: skip
+                        if left:
+                            store(held, f)
+                        else:
+                            add_to(totals + half * VECTOR, f)
+                    block, a, continued = coming, a_coming, True
+                    ahead += count * (TILE_TOKENS * BLOCK)
+                    tables += count * (TILE_TOKENS * ENTRY)
+            totals += TILE_TOKENS * SUMS
+            act += tile_stride(n_groups)
+
+    return run_matrices
 
 
 @device

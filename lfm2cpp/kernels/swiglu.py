@@ -19,17 +19,18 @@ from .activation import (
     tile_stride,
 )
 from .compiler import device, kernel
+from .dot_matrix import leave_matrices, use_matrices
 from .few_tokens import make_few_tokens
 from .mul_mat import TAIL_BYTES, make_decode
 from .ops import swiglu_part
-from .panel import SUMS, TOTALS, ask_for_totals, make_panel_product, store_totals
+from .panel import SUMS, ask_for_totals, make_panel_product, store_totals
 from .scalar import atomic_add, load_i64
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
 from .shares import distance, is_streamed, next_unit, take_rows
 from .simd import W
 from .weights import BLOCK_TYPES
-from .widths import FEW_TOKENS, QUANTIZE_NBYTES, SLICED_TOKENS, TILE_TOKENS
+from .widths import FEW_TOKENS, QUANTIZE_NBYTES, SLICED_TOKENS, TILE_TOKENS, TOTALS
 
 ROWS = 2 * W  # rows of a unit
 ROWS_AT_ONCE = 16 * ROWS  # of one token, finished together: what waits long for a few numbers waits together
@@ -136,11 +137,13 @@ def make_use_panels(weights: ModuleType) -> Any:
     @device
     def use_panels(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, nth, work, room):
         """The panels that this thread takes, by many tokens."""
+        use_matrices()
         row = atomic_add(work, 1) * ROWS
         while row < n_rows:
             coming = (row + nth * ROWS) * row_bytes
             use_panel(gate, up, row_bytes, n_rows, n, act, hidden, hidden_act, n_tokens, row, coming, room)
             row = atomic_add(work, 1) * ROWS
+        leave_matrices()
 
     return use_panels
 

@@ -9,18 +9,21 @@ _LEVEL = _TARGET.level
 W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
+MATRICES = _LEVEL.name == "avx512-amx"  # its product takes W rows by 16 tokens at a time, from memory (dot_matrix.py)
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
 FLOATS_IN_MEMORY = PAIR_SUMS  # where a quantized product's float sums lie from block to block (dot_tile.py)
 # Tokens of a tile of activations, and of the widest tile of a panel's product: the integer sums must fit the registers,
 # and the float sums unless they lie in memory.
-TILE_TOKENS = 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
+TILE_TOKENS = 16 if MATRICES else 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
 # Of the tiles for what is left over.
-MEDIUM_TILE_TOKENS = 4 if REGISTERS == 32 else 2
-SMALL_TILE_TOKENS = 2
+MEDIUM_TILE_TOKENS = 8 if MATRICES else 4 if REGISTERS == 32 else 2
+SMALL_TILE_TOKENS = 4 if MATRICES else 2
 # Of the tiles of rows in registers, for a few tokens more; and up to how many tokens, in turn, they beat panels.
 ROW_TILE_TOKENS = (2, 4, 6, 8, 12) if REGISTERS == 32 else (2, 4, 6, 8) if FLOATS_IN_MEMORY else (2, 4, 6)
-FEW_TOKENS = 24 if REGISTERS == 32 else ROW_TILE_TOKENS[-1]
+FEW_TOKENS = 24 if REGISTERS == 32 and not MATRICES else ROW_TILE_TOKENS[-1]
+MATRIX_BLOCKS = 8  # of a panel that are multiplied together, where that is by matrices
+PANEL_SUMS = 8 * W * TILE_TOKENS  # bytes of the sums of such a product of a tile of tokens
 SLICED_TOKENS = 4 * TILE_TOKENS  # up to which a panel is unpacked and used slice by slice
 FLOAT_STREAMED_TOKENS = 3  # up to which a float product streams its rows from the file, each token in turn
 FLOAT_TILE_TOKENS = 6  # of the tile of a float product: one sum a value
@@ -41,6 +44,10 @@ LOGITS_BINS = 512  # by which it finds where a share of all probability ends
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
 LINE = 64  # bytes of a cache line
+# Bytes of the sums of a panel's rows: those of some tokens, those of a chain of blocks by a tile, and, of matrices, the
+# integer ones of MATRIX_BLOCKS blocks, two for each of them at most, with a line between two blocks.
+TOTALS = (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS) * 4 * PANEL_ROWS
+TOTALS += MATRIX_BLOCKS * (2 * PANEL_SUMS + LINE) if MATRICES else 0
 # How a stream from memory is asked for. A Zen wants every line once, early: into the second-level cache, since Zen 5
 # straight into the first. A Xeon wants it twice: early into the second-level cache, into the first soon before the use.
 # Up to Zen 4 a request that finds no place is forgotten, so streams that keep all places taken are asked for again.
@@ -71,8 +78,7 @@ def panel_nbytes(n: int) -> int:
     sums, and what quantizing its results needs. Panels of integers are smaller, and leave room for prepared rows.
     """
     runs = -(-n // PANEL_ROWS)
-    sums = 2 * 4 * PANEL_ROWS * (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS)
-    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + sums + 128 * W * W + 8192 + QUANTIZE_NBYTES
+    return 2 * runs * PANEL_ROWS * 4 * PANEL_ROWS + 2 * TOTALS + 128 * W * W + 8192 + QUANTIZE_NBYTES
 
 
 BLOCK_TABLE = 4096  # bytes of the list of blocks that a unit of attention reads

@@ -12,6 +12,8 @@ from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 18
 N_SCALES = 1
+OFFSET = 8
+N_SUMS = 1
 QS = 2  # offset of the nibbles in a block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
@@ -41,14 +43,22 @@ def block_scales(w, row_bytes, b):
     return (gather_f16(w + b * BLOCK_BYTES, row_bytes),)
 
 
-def finish_block(tile):
-    dot, scale = tile.dot_u4, tile.scale
+def sum_block(tile):
+    dot = tile.dot_u4
 
     @device
-    def finish(f, q, scales, a, tables, table_step):
-        next_tile = table_step * ACT_GROUP
-        sums = dot(tables + table_step * ACT_Z8, q, a, next_tile)
-        return scale(f, sums, scales[0], tables + table_step * ACT_D, next_tile)
+    def sums(q, a, tables, table_step, room):
+        return (dot(tables + table_step * ACT_Z8, q, a, table_step * ACT_GROUP, room),)
+
+    return sums
+
+
+def finish_block(tile):
+    scale = tile.scale
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        return scale(f, sums[0], scales[0], tables + table_step * ACT_D, table_step * ACT_GROUP)
 
     return finish
 

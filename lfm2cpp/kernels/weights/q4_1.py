@@ -12,6 +12,8 @@ from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 20
 N_SCALES = 2  # and minima
+OFFSET = 0
+N_SUMS = 1
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
@@ -42,14 +44,23 @@ def block_scales(w, row_bytes, b):
     return gather_f16(block, row_bytes), gather_f16(block + M, row_bytes)
 
 
-def finish_block(tile):
-    dot, scale_and_add = tile.dot_u4_alone, tile.scale_and_add
+def sum_block(tile):
+    dot = tile.dot_u4_alone
 
     @device
-    def finish(f, q, scales, a, tables, table_step):
-        next_tile = table_step * ACT_GROUP
-        sums, d, ds = dot(q, a, next_tile), tables + table_step * ACT_D, tables + table_step * ACT_DS
-        return scale_and_add(f, sums, scales[0], d, scales[1], ds, next_tile)
+    def sums(q, a, tables, table_step, room):
+        return (dot(q, a, table_step * ACT_GROUP, room),)
+
+    return sums
+
+
+def finish_block(tile):
+    scale_and_add = tile.scale_and_add
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        d, ds = tables + table_step * ACT_D, tables + table_step * ACT_DS
+        return scale_and_add(f, sums[0], scales[0], d, scales[1], ds, table_step * ACT_GROUP)
 
     return finish
 

@@ -34,12 +34,14 @@ from lfm2cpp.kernels.simd import (
     sum_pieces_i16,
     to_f32,
 )
-from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW
+from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW, PANEL_SUMS
 
 from .columns import interleave_columns, interleave_rows
 
 BLOCK, BLOCK_BYTES = 256, 210
 N_SCALES = 3  # d, and the scales of each 16
+OFFSET = 32
+N_SUMS = 2
 PREPARED = 212  # bytes a row of a block that prepare_rows has laid out: d is float32
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
@@ -131,16 +133,27 @@ def block_scales(rows, _, b):
     return load_f32(block + D * W), low, high
 
 
-def finish_block(tile):
-    dot_low, dot_high, scale_halves = tile.dot_u6_low, tile.dot_u6_high, tile.scale_halves
+def sum_block(tile):
+    dot_low, dot_high = tile.dot_u6_low, tile.dot_u6_high
 
     @device
-    def finish(f, q, scales, a, tables, table_step):
+    def sums(q, a, tables, table_step, room):
         next_tile = table_step * ACT_GROUP
-        low = dot_low(tables + table_step * ACT_Z32_LOW, q, a, next_tile)
-        high = dot_high(tables + table_step * ACT_Z32_HIGH, q, a + HALF, next_tile)
-        # sums are exact: below 2**24
-        return scale_halves(f, low, scales[1], high, scales[2], scales[0], tables + table_step * ACT_D, next_tile)
+        low = dot_low(tables + table_step * ACT_Z32_LOW, q, a, next_tile, room)
+        high = dot_high(tables + table_step * ACT_Z32_HIGH, q, a + HALF, next_tile, room + PANEL_SUMS)
+        return low, high
+
+    return sums
+
+
+def finish_block(tile):
+    scale_halves = tile.scale_halves
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        low, high = sums  # exact as float32: below 2**24
+        d, next_tile = tables + table_step * ACT_D, table_step * ACT_GROUP
+        return scale_halves(f, low, scales[1], high, scales[2], scales[0], d, next_tile)
 
     return finish
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
-from lfm2cpp.kernels.dot import dot_i8, panel_i8
+from lfm2cpp.kernels.dot import I8_BIAS, dot_i8, panel_i8
 from lfm2cpp.kernels.scalar import load_f16, load_i8, store_f32
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
@@ -24,6 +24,8 @@ from .columns import interleave_rows, rows_in_file
 
 BLOCK, BLOCK_BYTES = 32, 34
 N_SCALES = 1
+OFFSET = I8_BIAS
+N_SUMS = 1
 QS = 2  # offset of the integers in a block
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
 prepare_rows = rows_in_file
@@ -72,14 +74,22 @@ def block_scales(w, row_bytes, b):
     return (gather_f16(w + b * BLOCK_BYTES, row_bytes),)
 
 
-def finish_block(tile):
-    dot, scale = tile.dot_i8, tile.scale
+def sum_block(tile):
+    dot = tile.dot_i8
 
     @device
-    def finish(f, q, scales, a, tables, table_step):
-        next_tile = table_step * ACT_GROUP
-        sums = dot(tables + table_step * ACT_Z128, q, a, next_tile)
-        return scale(f, sums, scales[0], tables + table_step * ACT_D, next_tile)
+    def sums(q, a, tables, table_step, room):
+        return (dot(tables + table_step * ACT_Z128, q, a, table_step * ACT_GROUP, room),)
+
+    return sums
+
+
+def finish_block(tile):
+    scale = tile.scale
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        return scale(f, sums[0], scales[0], tables + table_step * ACT_D, table_step * ACT_GROUP)
 
     return finish
 
