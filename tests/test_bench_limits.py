@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from kernel_calls import aligned
 
 from lfm2cpp.benchmark import limits
-from lfm2cpp.benchmark.limits import OPERANDS, READ_STEP, VECTOR, best_seconds, f32_rate, int8_rate, read_rate
+from lfm2cpp.benchmark.limits import OPERANDS, READ_STEP, VECTOR, best_seconds, f32_rate, int8_rates, read_rate
 from lfm2cpp.benchmark.random_model import write_random_model
 from lfm2cpp.benchmark.shapes import find_shape
 from lfm2cpp.cli.bench import bench
 from lfm2cpp.engine.engine import Engine
+from lfm2cpp.kernels import widths
 from lfm2cpp.kernels.library import library
 
 MAX_FMA_ERROR = 1e-5  # relative to the sum of magnitudes, float32
@@ -42,6 +44,7 @@ def test_numbers_of_the_probes_agree() -> None:
     assert (limits.READ_STEP, limits.OPERANDS, limits.PRODUCTS, limits.VECTOR) == (
         kernels.READ_STEP, kernels.OPERANDS, kernels.PRODUCTS, kernels.VECTOR,
     )  # fmt: skip
+    assert limits.MATRIX_OPERANDS == kernels.MATRIX_OPERANDS
 
 
 @pytest.mark.parametrize("n_rounds", [1, 2, 7])
@@ -63,6 +66,20 @@ def test_dot_stream_multiplies_every_operand(rounds: int) -> None:
     assert probe("dot_stream", operands=operands.ctypes.data, rounds=rounds)[0] == expected
 
 
+@pytest.mark.skipif(not widths.MATRICES, reason="this level has no products of matrices")
+def test_matrix_stream_multiplies_every_operand() -> None:
+    data = aligned(limits.MATRIX_OPERANDS)
+    W, tokens = widths.W, widths.TILE_TOKENS
+    end, sums = 2 * 16 * VECTOR, 2 * (16 * VECTOR + 32 * tokens)
+    data[:sums] = np.random.default_rng(0).integers(0, 256, sums)
+    w = data[:end].view(np.int8).reshape(2, 8, 2 * W, 4).astype(np.int64)
+    a = data[end:sums].view(np.int8).reshape(2, tokens, 8, 4).astype(np.int64)
+    at = probe("matrix_stream", operands=data.ctypes.data, rounds=3)[0]
+    assert at == data.ctypes.data + sums
+    found = data[sums:].view(np.int32).reshape(2, 2, tokens, W)
+    assert np.array_equal(found.transpose(0, 2, 1, 3).reshape(2, tokens, 2 * W), np.einsum("bktc,bnkc->bnt", w, a))
+
+
 def test_fma_stream_multiplies_every_operand() -> None:
     operands = np.random.default_rng(0).uniform(-1, 1, OPERANDS // 4).astype(np.float32).reshape(STEPS, 8, -1)
     wide = operands.astype(np.float64)
@@ -76,7 +93,7 @@ def test_rates_are_of_this_planet() -> None:
     address = -(-buffer.ctypes.data // READ_STEP) * READ_STEP
     assert 1e8 < read_rate(address, buffer.nbytes - READ_STEP, 2, rounds=2) < 1e13
     assert 1e8 < f32_rate(1, rounds=2) < 1e13
-    assert 1e8 < int8_rate(2, rounds=2) < 1e14
+    assert 1e8 < int8_rates(2, rounds=2)[1] < 1e14
 
 
 def test_best_seconds_spans_all_threads() -> None:

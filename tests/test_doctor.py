@@ -169,11 +169,11 @@ def test_warmup_compiles_once_and_says_what(tmp_path: Path) -> None:
     first = warmup_of_probes(tmp_path / "cache")
     assert first.returncode == 0, first.stderr
     names = [name.removeprefix("lfm2cpp.kernels.") for name in PROBES]
-    assert first.stderr.splitlines() == [f"compiling {i + 1}/3: {name}" for i, name in enumerate(names)]
-    assert "3 kernels ready" in first.stdout and "3 compiled" in first.stdout
+    assert first.stderr.splitlines() == [f"compiling {i + 1}/{len(names)}: {name}" for i, name in enumerate(names)]
+    assert f"{len(names)} kernels ready" in first.stdout and f"{len(names)} compiled" in first.stdout
     again = warmup_of_probes(tmp_path / "cache")
     assert again.returncode == 0 and again.stderr == ""
-    assert " 0 compiled" in again.stdout and "3 were there" in again.stdout
+    assert " 0 compiled" in again.stdout and f"{len(names)} were there" in again.stdout
 
 
 @pytest.mark.slow

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from lfm2cpp.kernels.library import Kernel, Progress, library
-from lfm2cpp.kernels.widths import W
+from lfm2cpp.kernels.widths import MATRICES, PANEL_SUMS, TILE_TOKENS, W
 
 PROBE = "lfm2cpp.kernels.probe:"
-KERNELS = tuple(PROBE + name for name in ("read_stream", "dot_stream", "fma_stream"))
+NAMES = ("read_stream", "dot_stream", "fma_stream", *(["matrix_stream"] if MATRICES else []))
+KERNELS = tuple(PROBE + name for name in NAMES)
 VECTOR = 4 * W  # bytes
 READ_STEP = 8 * VECTOR
 OPERANDS = 64 * VECTOR
 PRODUCTS = 96  # vector products a round of dot_stream and fma_stream
+MATRIX_OPERANDS = 2 * (16 * VECTOR + 32 * TILE_TOKENS + PANEL_SUMS)
+MATRIX_MACS = 2 * 2 * W * TILE_TOKENS * 32  # a round of matrix_stream
 
 BUFFER_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
 SMALLEST_BUFFER = 64 << 20
@@ -38,7 +41,8 @@ class Limits:
 
     n_threads: int
     read_bytes_per_s: float
-    int8_macs_per_s: float
+    int8_macs_per_s: float  # of the level's fastest product, vectors or matrices
+    int8_vector_macs_per_s: float
     f32_macs_per_s: float
     buffer_bytes: int
 
@@ -50,7 +54,7 @@ def measure_limits(n_threads: list[int], progress: Progress | None = None) -> li
     """The limits for each number of threads. Takes about a second, and up to a gigabyte of memory meanwhile."""
     library().load(KERNELS, progress)
     memory = Memory()
-    return [Limits(n, memory.read_rate(n), int8_rate(n), f32_rate(n), memory.nbytes) for n in n_threads]
+    return [Limits(n, memory.read_rate(n), *int8_rates(n), f32_rate(n), memory.nbytes) for n in n_threads]
 
 
 class Memory:
@@ -92,10 +96,14 @@ def read_rate(address: int, nbytes: int, n_threads: int, rounds: int = READ_ROUN
     return share * n_threads / best_seconds(read, n_threads, rounds)
 
 
-def int8_rate(n_threads: int, rounds: int = PEAK_ROUNDS) -> float:
-    """Products of bytes, weights of up to 6 bits by int8, summed to int32, a second."""
+def int8_rates(n_threads: int, rounds: int = PEAK_ROUNDS) -> tuple[float, float]:
+    """Products of bytes, weights of up to 6 bits by int8, summed to int32, a second: at most, and in vectors."""
     operands = np.random.default_rng(0).integers(0, 64, OPERANDS).astype(np.int8)  # weights and activations alike
-    return _peak("dot_stream", operands, PRODUCTS * VECTOR, n_threads, rounds)
+    vectors = _peak("dot_stream", operands, PRODUCTS * VECTOR, n_threads, rounds)
+    if not MATRICES:
+        return vectors, vectors
+    operands = np.random.default_rng(0).integers(0, 64, MATRIX_OPERANDS).astype(np.int8)
+    return max(_peak("matrix_stream", operands, MATRIX_MACS, n_threads, rounds), vectors), vectors
 
 
 def f32_rate(n_threads: int, rounds: int = PEAK_ROUNDS) -> float:

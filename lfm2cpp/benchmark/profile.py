@@ -20,9 +20,9 @@ import numpy as np
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.engine.plan import Op
 from lfm2cpp.kernels.library import Progress, library
-from lfm2cpp.kernels.widths import BF16_PAIRS, PAGE_TOKENS
+from lfm2cpp.kernels.widths import BF16_PAIRS, MATRICES, PAGE_TOKENS
 
-from .limits import KERNELS, READ_STEP, Limits, Memory, f32_rate, int8_rate, read_rate
+from .limits import KERNELS, READ_STEP, Limits, Memory, f32_rate, int8_rates, read_rate
 from .measure import Base, ModelInfo, Runner, Setup, Test, open_engine
 
 READS = 2  # times that the memory is read before a repetition; the faster counts
@@ -135,11 +135,11 @@ def run_profiles(
         library().load(KERNELS, progress)
         model, base, n = ModelInfo.of(engine), Base(engine), setup.n_threads
         probe = ReadProbe(engine, n)  # kept to the end: while the system takes it back, a step now and then takes long
-        int8, f32 = int8_rate(n), f32_rate(n)
+        int8, f32 = int8_rates(n), f32_rate(n)
         for test in tests:
             reads = Reads()
             steps = _profile_test(Runner(engine, base.at(test.n_depth)), test, repetitions, probe, reads)
-            limits = Limits(n, reads.of_memory, int8, f32, probe.memory.nbytes)
+            limits = Limits(n, reads.of_memory, *int8, f32, probe.memory.nbytes)
             yield Profile(setup, test, model, limits, reads, *steps)
 
 
@@ -249,10 +249,11 @@ def table(profile: Profile) -> str:
             f"| {kind.macs / 1e6:>6.0f} M | {kind.macs / seconds / 1e9:>8.1f} | {limit:>8.1%} |"
         )
     limits = profile.limits
+    vectors = f" (in vectors {limits.int8_vector_macs_per_s / 1e9:.0f})" if MATRICES else ""
     lines += [
         "",
         f"limits with {threads}: memory {_rates(profile.reads.memory)}, these weights in place "
-        f"{_rates(profile.reads.weights)}, int8 {limits.int8_macs_per_s / 1e9:.0f} and float32 "
+        f"{_rates(profile.reads.weights)}, int8 {limits.int8_macs_per_s / 1e9:.0f}{vectors} and float32 "
         f"{limits.f32_macs_per_s / 1e9:.0f} G MAC/s",
         f"the ops' own times are {profile.ops_share:.1%} of the step",
     ]

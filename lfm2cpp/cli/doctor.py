@@ -124,9 +124,11 @@ def _limit_lines(facts: dict[str, Any]) -> list[str]:
     lines = []
     for i, limits in enumerate(facts["limits"]):
         threads = f"{limits['n_threads']} thread{'s'[: limits['n_threads'] > 1]}"
+        int8, vectors = limits["int8_macs_per_s"] / 1e9, limits["int8_vector_macs_per_s"] / 1e9
+        in_vectors = f" (in vectors {vectors:.0f})" if vectors < int8 else ""
         lines.append(_row(
             "" if i else "speed",
-            f"{threads}: reads {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, int8 "
-            f"{limits['int8_macs_per_s'] / 1e9:.0f} G MAC/s, float32 {limits['f32_macs_per_s'] / 1e9:.0f} G MAC/s",
+            f"{threads}: reads {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, int8 {int8:.0f} G MAC/s{in_vectors}, "
+            f"float32 {limits['f32_macs_per_s'] / 1e9:.0f} G MAC/s",
         ))  # fmt: skip
     return lines

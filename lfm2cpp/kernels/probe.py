@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from .compiler import device, kernel
 from .dot import dot2_u6
+from .dot_matrix import leave_matrices, matrix_dots, use_matrices
 from .scalar import store_f32, store_i64
 from .simd import W, fma, load_bytes, load_f32, load_i32, splat_f32, splat_i32, sum_lanes, sum_lanes_i32
+from .widths import PANEL_SUMS, TILE_TOKENS
 
 VECTOR = 4 * W  # bytes of a vector
 READ_STEP = 8 * VECTOR  # bytes that read_stream takes a round: its buffer must be a multiple
 STEPS = 8  # of products, before the operands are used again
 OPERANDS = 8 * STEPS * VECTOR  # bytes: 2 vectors of weights and 6 of activations a step
 PRODUCTS = 12 * STEPS  # vector products a round; 12 sums hide the latency of one
+
+# Of products of matrices, where the level has them: weights of two panels' blocks, then two blocks of activations.
+WEIGHTS, ACTIVATIONS = 16 * VECTOR, 32 * TILE_TOKENS  # bytes of one
+MATRIX_OPERANDS = 2 * (WEIGHTS + ACTIVATIONS) + 2 * PANEL_SUMS  # bytes: behind them there is room for the sums
+multiply = matrix_dots().dot_u4_alone
 
 
 @kernel
@@ -63,6 +70,22 @@ def dot_stream(operands, rounds, out):
         r1, s1, t1, x1, y1, z1 = step_dots(r1, s1, t1, x1, y1, z1, at + 8 * VECTOR)
     even, odd = (r0 + s0) + (t0 + x0) + (y0 + z0), (r1 + s1) + (t1 + x1) + (y1 + z1)
     store_i64(out, sum_lanes_i32(even + odd))
+
+
+@kernel
+def matrix_stream(operands, rounds, out):
+    """Two products of 2 W rows by TILE_TOKENS tokens, 32 columns each, a round; where their sums are goes to `out`.
+
+    They are stored every time, as those of quantized blocks are, each of which has a scale of its own.
+    """
+    use_matrices()
+    a = operands + 2 * WEIGHTS
+    sums = a + 2 * ACTIVATIONS
+    for _ in range(rounds):
+        multiply(operands, a, 0, sums)
+        multiply(operands + WEIGHTS, a + ACTIVATIONS, 0, sums + PANEL_SUMS)
+    leave_matrices()
+    store_i64(out, sums)
 
 
 @device
