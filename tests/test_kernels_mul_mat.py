@@ -31,7 +31,7 @@ MAX_SUM_ERROR = 3e-7
 MAX_QUANTIZATION_ERROR = 5.2e-3
 
 # (rows, columns): whole groups of blocks and incomplete ones, whole panels and tails, a single row.
-SHAPES = [(1, 32), (3, 64), (16, 96), (33, 512), (40, 544), (64, 256), (2 * W + 1, 1056), (100, 32 * W)]
+SHAPES = [(1, 32), (3, 64), (16, 96), (33, 512), (40, 544), (64, 256), (2 * W + 1, 1056), (100, 32 * W), (7, 4128)]
 FLOAT_SHAPES = [(1, 1), (2, 7), (5, 31), (16, 33), (33, 64), (47, 100), (64, 256), (2 * W + 1, 2 * W + 1), (100, 515)]
 
 

@@ -68,14 +68,15 @@ def describe_machine() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     target = level.target()
-    usable = [one.name for one in level.LEVELS if target.features.issuperset(one.features)]
+    levels = level.levels_of(target.features)
     interesting = sorted({f for one in level.LEVELS for f in one.features} & target.features)
     return {
         "name": cpu_name(),
         "machine": platform.machine(),
         "llvm_name": target.cpu_name,
         "level": target.level.name,
-        "usable_levels": usable,
+        "usable_levels": [one.name for one in levels if level.is_allowed(one)],
+        "refused_levels": [one.name for one in levels if not level.is_allowed(one)],
         "LFM2CPP_SIMD": os.environ.get("LFM2CPP_SIMD"),
         "NUMBA_CPU_NAME": os.environ.get("NUMBA_CPU_NAME"),
         "features": interesting,

@@ -57,6 +57,11 @@ def find_warnings(facts: dict[str, Any]) -> list[str]:
         warnings.append(f"LFM2CPP_SIMD picks {level}, though this CPU has {best}")
     elif level == "generic":
         warnings.append("no SIMD level fits this CPU, so everything runs on the generic one, which is slow")
+    for refused in facts["cpu"]["refused_levels"]:
+        warnings.append(
+            f"this CPU has {refused}, but Linux does not let this process use its registers, so prompts are slower; "
+            "the kernel must be 5.16 or newer and the container must allow arch_prctl"
+        )
     quota = facts["threads"]["cgroup_quota"]
     if quota is not None and quota < 1:
         warnings.append(f"the container may use {quota:g} of one CPU: expect pauses")

@@ -22,6 +22,7 @@ from lfm2cpp.kernels.team_layout import OP_ARGS, OP_FIELDS, OP_KERNEL, OP_SYNC, 
 from .memory import ConvLayer, KVLayer, zeroed
 
 SLACK_ROWS = 16  # a tile may read (never use) this many rows beyond the last
+assert SLACK_ROWS >= widths.TILE_TOKENS
 SPLIT_TOKENS = 16  # batches up to this size split attention over the context
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 KERNELS = "lfm2cpp.kernels."

@@ -11,12 +11,7 @@ the caller takes I8_BIAS times the activations' sum off again; elsewhere I8_BIAS
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from llvmlite import ir
-from numba import types
 
 from .portable import multiply_add
 from .scalar import I16
@@ -27,19 +22,6 @@ from .widths import BF16_PAIRS, PAIR_SUMS
 _VNNI = not {"avx512vnni", "avxvnni"}.isdisjoint(LEVEL.features)
 NEON = LEVEL.name.startswith("neon")
 I8_BIAS = 128 if _VNNI else 0
-
-
-@dataclass(frozen=True)
-class TileDots:
-    """The integer words of a tile, as dot_tile.py describes them, and what their sums are."""
-
-    kind: types.Type
-    dot_u4: Any
-    dot_u4_alone: Any
-    dot_i8: Any
-    dot_u6_low: Any
-    dot_u6_high: Any
-    sum_of: Callable[[ir.IRBuilder, ir.Value, int], ir.Value]  # vector i of the sums
 
 
 def _vpdpbusd(builder, acc, u, a):

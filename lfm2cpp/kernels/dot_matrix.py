@@ -1,10 +1,11 @@
 """Products of whole matrices, for AMX: W rows of a panel by TILE_TOKENS tokens with one instruction.
 
-Its registers are tiles of up to 16 rows of 64 bytes. One holds the activations, a token's columns of a block in each
-row, as activation.py lays them out; one the weights, 4 columns of W rows in each row, as a panel holds them; and one
-their int32 sums, a token in each row. Those are stored and read as vectors: nothing else can be done with a tile.
+Its registers hold matrices, up to 16 rows of 64 bytes. One takes the activations, a token's columns of a block in each
+row, as activation.py lays them out; one the weights, 4 columns of W rows of weights in each row, as a panel holds them;
+and one their int32 sums, a token in each row. Those are stored and read as vectors: nothing else can be done with them.
 
-Weights and activations are signed here, so a panel holds what block_columns gives less the type's OFFSET.
+Weights and activations are signed here, so a panel holds what block_columns gives less the type's OFFSET, which must
+fit int8.
 """
 
 from __future__ import annotations
@@ -17,29 +18,28 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .dot import TileDots
 from .scalar import I8, I64, pointer
 from .simd.registers import I8_VECTOR, I32_VECTOR, bytes_
-from .tile import VECTOR, load_at
+from .tile import BLOCK, VECTOR, IntegerWords, load_at
 from .vector import call_llvm, constant, vector_op
-from .widths import MATRICES, TILE_TOKENS
+from .widths import MATRICES, PANEL_SUMS, TILE_TOKENS
 
 int64 = types.int64
-BLOCK = 32  # bytes of a token in a tile of activations
 PANEL_STEP = 2 * VECTOR  # from a vector of W rows to the next one
-ROW = 64  # bytes of a tile's row, at most
+ROW = 64  # bytes of a register's row, at most
 HALF_SUMS = TILE_TOKENS * ROW  # bytes of the sums of half a panel's rows
-ACT_32, ACT_16, WEIGHTS_32, WEIGHTS_16 = 2, 3, 4, 5  # which tiles hold 32 or 16 columns; the first two hold sums
-# Of each: how many rows, and of how many bytes.
-N_ROWS = (TILE_TOKENS, TILE_TOKENS, TILE_TOKENS, TILE_TOKENS, 32 // 4, 16 // 4)
+assert not MATRICES or (VECTOR == ROW and TILE_TOKENS <= 16 and 2 * HALF_SUMS == PANEL_SUMS)
+# Which register holds what, 32 columns or 16 of the operands; the first two are for sums.
+ACT_32, ACT_16, WEIGHTS_32, WEIGHTS_16 = 2, 3, 4, 5
+HEIGHTS = (TILE_TOKENS, TILE_TOKENS, TILE_TOKENS, TILE_TOKENS, 32 // 4, 16 // 4)  # rows of each of them
 ROW_BYTES = (ROW, ROW, 32, 16, ROW, ROW)
-# Palette 1, no row to start at; for 16 tiles, of which there are 8.
-CONFIGURATION = struct.pack("<BB14x16H16B", 1, 0, *ROW_BYTES, *[0] * 10, *N_ROWS, *[0] * 10)
+# Palette 1, no row to start at; for 16 registers, of which there are 8.
+CONFIGURATION = struct.pack("<BB14x16H16B", 1, 0, *ROW_BYTES, *[0] * 10, *HEIGHTS, *[0] * 10)
 
 
 @vector_op(types.void)
 def use_matrices(builder):
-    """Before the products of a thread: what its tiles are"""
+    """Before the products of a thread: the registers' shapes. Foreign code may lose them, so it calls none meanwhile"""
     if MATRICES:
         kind = ir.ArrayType(I8, len(CONFIGURATION))
         place = cgutils.alloca_once_value(builder, ir.Constant(kind, bytearray(CONFIGURATION)))
@@ -48,7 +48,7 @@ def use_matrices(builder):
 
 @vector_op(types.void)
 def leave_matrices(builder):
-    """After them: there is nothing to save of its tiles any more"""
+    """After them: there is nothing to save of the registers any more"""
     if MATRICES:
         call_llvm(builder, "llvm.x86.tilerelease", ir.VoidType())
 
@@ -70,7 +70,7 @@ def make_panel_columns(offset: int) -> Any:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of tiles: which of them, and where in a block the weights begin."""
+    """Which registers it takes, and where in a block of a panel the weights begin."""
 
     activations: int
     weights: int
@@ -117,10 +117,10 @@ def _word_with_start(product: Product) -> Any:
     return dot
 
 
-def matrix_dots() -> TileDots:
-    """The integer words of a tile of a panel. Its sums are an address; what sum_of takes is that of a half's."""
+def matrix_words() -> IntegerWords:
+    """The words of a tile of a panel. Its integers are an address; what sum_of takes is that of half of the rows."""
     whole = _word_with_start(WHOLE)
-    return TileDots(
+    return IntegerWords(
         kind=int64,
         dot_u4=whole,
         dot_u4_alone=_word(WHOLE),

@@ -1,8 +1,8 @@
 """Register tiles of quantized products: the sums of some rows by a few tokens while int8 weights stream by.
 
 A tile is a tuple of vectors, the outer product of vectors of rows and vectors of tokens: value [row vector][token
-vector]. Where the registers do not hold both the integer sums of a block and the float sums of a chain of blocks, the
-latter lie in memory, and their tile is an address. Its words are the same for every arrangement:
+vector]. Where the registers do not hold both the integer sums of a block and the float sums of a chain of blocks, one
+of them lies in memory, and that tile is an address. Its words are the same for every arrangement:
 
     columns  a vector is W rows of one token. Each dot takes 4 columns of W rows and of one token, broadcast.
     pairs    for smmla of NEON i8mm: a vector is 2 rows by 2 tokens. Each dot takes 8 columns of 2 rows and of 2 tokens:
@@ -32,7 +32,6 @@ from numba import types
 from .dot import (
     I8_BIAS,
     NEON,
-    TileDots,
     add_pairs,
     dot_pairs_value,
     dot_panel_i8_value,
@@ -40,16 +39,15 @@ from .dot import (
     pair_products,
     pairs_that_fit,
 )
-from .dot_matrix import matrix_dots
+from .dot_matrix import matrix_words
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
 from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, i32, load_vector, store_vector
-from .tile import VECTOR, load_at, pack, unpack
+from .tile import BLOCK, ENTRY, VECTOR, IntegerWords, load_at, pack, unpack
 from .vector import shuffle, splat, vector_op
 from .widths import FLOATS_IN_MEMORY, MATRICES, PAIR_SUMS, PAIRS, TILE_TOKENS
 
 int64 = types.int64
-BLOCK, ENTRY = 32, 4  # bytes of a token in a tile: of a block's integers, of a table's entries
 HALF = 32 if PAIRS else 16  # bytes from a tile's first 16 columns of a block to the others
 
 
@@ -59,21 +57,22 @@ class DotTile:
 
     q: 32 columns of the rows' integers; scales, factors, minima: one float32 a row; all as their source has them.
     a: int8 activations; z, d, ds: tables of one entry a token; all of a first tile of TILE_TOKENS tokens, those of the
-    tile that follows `next_tile` bytes further. room: where integer sums may lie.
+    tile that follows `next_tile` bytes further. room: where an integer tile may lie (matrices: PANEL_SUMS bytes).
+    With matrices z is not read: weights are signed already, by the OFFSET of their type.
     """
 
-    zero: Any  # (room) -> float tile of zeros, at `room`, if it lies in memory
     dot_u4: Any  # (z, q, a, next_tile, room) -> integer tile: z[t] + 32 columns of weights 0..15 by int8 activations
     dot_u4_alone: Any  # (q, a, next_tile, room): the same without z
     dot_i8: Any  # (z, q, a, next_tile, room): for signed weights, through panel_i8; z: what I8_BIAS added, negative
     dot_u6_low: Any  # (z, q, a, next_tile, room) -> z[t] + the first 16 columns of weights 0..63
     dot_u6_high: Any  # the same of the other 16; a: where those are, a + HALF; q as before
+    zero: Any  # (room) -> float tile of zeros, at `room`, if it lies in memory
     scale: Any  # (f, sums, scales, d, next_tile) -> f + sums * (scales * d[t])
     scale_and_add: Any  # (f, sums, scales, d, minima, ds, next_tile): f + sums * (scales * d[t]) + minima * ds[t]
     scale_halves: Any  # (f, low, low_factors, high, high_factors, scales, d, next_tile)
     #                    sums are low * factors + high * factors
     add_to: Any  # (totals, f): totals at an address, 2 W a token
-    load: Any  # (address) -> the float tile that store has left there
+    load: Any  # (address) -> the float tile that store has left there; both where float tiles are in registers
     store: Any  # (address, f)
 
 
@@ -196,7 +195,7 @@ def in_order(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
     return [builder.extract_value(kept, i) for i in indices]
 
 
-def vector_dots(lay: Columns | Pairs, source: Panel | Registers) -> TileDots:
+def vector_words(lay: Columns | Pairs, source: Panel | Registers) -> IntegerWords:
     """The integer words whose sums are held in registers."""
     count, columns = lay.n_row_vectors * lay.n_token_vectors, source.columns
     ints = types.UniTuple(i32, count)
@@ -265,15 +264,15 @@ def vector_dots(lay: Columns | Pairs, source: Panel | Registers) -> TileDots:
         steps = operands(builder, q, a, next_tile, range(32 // lay.step))
         return pack(builder, sums_of_dots(builder, first, steps, lay.dot_i8))
 
-    return TileDots(ints, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, ir.IRBuilder.extract_value)
+    return IntegerWords(ints, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, ir.IRBuilder.extract_value)
 
 
 @cache
 def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
     """The words for tiles of the rows of `source` by `n_tokens`, which is even for PAIRS."""
     lay = (Pairs if PAIRS else Columns)(n_tokens, source)
-    dots = matrix_dots() if MATRICES and source is PANEL else vector_dots(lay, source)
-    count, ints, row_floats = lay.n_row_vectors * lay.n_token_vectors, dots.kind, source.floats
+    integer = matrix_words() if MATRICES and source is PANEL else vector_words(lay, source)
+    count, ints, row_floats = lay.n_row_vectors * lay.n_token_vectors, integer.kind, source.floats
     floats = int64 if FLOATS_IN_MEMORY else types.UniTuple(f32, count)
 
     def float_at(builder: ir.IRBuilder, f: ir.Value, i: int) -> ir.Value:
@@ -312,7 +311,7 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         return f
 
     def as_float(builder: ir.IRBuilder, sums: ir.Value, i: int) -> ir.Value:
-        return builder.sitofp(dots.sum_of(builder, sums, i), F32_VECTOR)
+        return builder.sitofp(integer.sum_of(builder, sums, i), F32_VECTOR)
 
     @vector_op(floats, floats, ints, row_floats, int64, int64)
     def scale(builder, f, sums, scales, d, next_tile):
@@ -351,8 +350,8 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
-        zero, dots.dot_u4, dots.dot_u4_alone, dots.dot_i8, dots.dot_u6_low, dots.dot_u6_high, scale, scale_and_add,
-        scale_halves, add_to, load, store,
+        integer.dot_u4, integer.dot_u4_alone, integer.dot_i8, integer.dot_u6_low, integer.dot_u6_high,
+        zero, scale, scale_and_add, scale_halves, add_to, load, store,
     )  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from .activation import n_groups_of, tile_stride
 from .compiler import device
-from .dot_tile import BLOCK, ENTRY, REGISTERS, make_dot_tile
+from .dot_tile import REGISTERS, make_dot_tile
 from .panel import SUMS, VECTOR, clear_totals, file_nbytes, whole_rows
 from .scalar import hold, keep_apart
 from .simd import W, make_prefetch_lines
+from .tile import BLOCK, ENTRY
 from .widths import FEW_TOKENS, LINE, ROW_TILE_TOKENS, TILE_TOKENS
 
 WIDEST = ROW_TILE_TOKENS[-1]
@@ -82,7 +83,7 @@ def _make_run_tile(weights: ModuleType, n_tokens: int) -> Any:
                 ask_for_block(coming)
                 coming += nbytes
                 q, scales = block_columns(w, row_bytes, b), block_scales(w, row_bytes, b)
-                sums = sum_block(q, a, tables, TILE_TOKENS * n_groups, room)
+                sums = sum_block(q, a, tables, TILE_TOKENS * n_groups, 0)
                 f = finish(f, sums, scales, tables, TILE_TOKENS * n_groups)
                 a += TILE_TOKENS * BLOCK
                 tables += TILE_TOKENS * ENTRY

@@ -33,13 +33,18 @@ class Level:
         """float32 lanes of a vector."""
         return self.bits // 32
 
+    @property
+    def has_matrices(self) -> bool:
+        """Whether it multiplies whole matrices (AMX)."""
+        return not set(MATRICES).isdisjoint(self.features)
+
 
 _AVX512_LEVEL = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
-TILES = ("amx-tile", "amx-int8")  # features whose use Linux has to allow
+MATRICES = ("amx-tile", "amx-int8")  # features whose registers Linux has to allow
 
 # Best first. Every level's features are checked before it is used: a missing one would abort the process.
 LEVELS: tuple[Level, ...] = (
-    Level("avx512-amx", 512, (*_AVX512_LEVEL, *TILES)),
+    Level("avx512-amx", 512, (*_AVX512_LEVEL, *MATRICES)),
     Level("avx512-vnni", 512, _AVX512_LEVEL),
     Level("avx-vnni", 256, ("avx2", "avxvnni", "fma", "f16c")),
     Level("avx2", 256, ("avx2", "fma", "f16c")),
@@ -64,7 +69,7 @@ NAMED_CPUS: dict[str, frozenset[str]] = {
     ),
     "znver4": _AVX512_VNNI | {"avx512bf16"},
     **dict.fromkeys(("cooperlake",), _AVX512_VNNI),
-    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids"), _BOTH_VNNI),
+    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids"), _BOTH_VNNI | set(MATRICES)),
     "znver5": _BOTH_VNNI | {"avx512bf16"},
     **dict.fromkeys(
         ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "gracemont", "sierraforest"),
@@ -165,27 +170,35 @@ def _arm_features(name: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1)
-def may_use_tiles() -> bool:
-    """Ask Linux to let this process use AMX's tiles: their 8 KiB enlarge what it saves of every thread."""
+def may_use_matrices() -> bool:
+    """Ask Linux to let this process use AMX's registers, 8 KiB that are saved of every thread that does."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return False
+    syscall = ctypes.CDLL(None).syscall
+    syscall.restype, syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 3
     arch_prctl, request, tile_data = 158, 0x1023, 18  # a system call, ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
-    return ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data) == 0
+    return syscall(arch_prctl, request, tile_data) == 0
+
+
+def levels_of(features: frozenset[str]) -> list[Level]:
+    """The levels that a CPU's features allow, best first."""
+    return [level for level in LEVELS if features.issuperset(level.features)]
+
+
+def is_allowed(level: Level) -> bool:
+    """Whether this process may use a level of its CPU. Linux is asked only for one that needs it to be."""
+    return not level.has_matrices or may_use_matrices()
 
 
 @lru_cache(maxsize=1)
 def target() -> Target:
     """The level in use. UsageError when LFM2CPP_SIMD names one that this CPU does not have."""
     cpu = _cpu()
-    features = cpu.features
-    if not features.isdisjoint(TILES) and not may_use_tiles():
-        features -= set(TILES)
-    usable = [level for level in LEVELS if features.issuperset(level.features)]
-    wanted = os.environ.get("LFM2CPP_SIMD") or usable[0].name
+    usable, wanted = levels_of(cpu.features), os.environ.get("LFM2CPP_SIMD")
     for level in usable:
-        if level.name == wanted:
+        if (not wanted or level.name == wanted) and is_allowed(level):
             # Said once more, because not every list of LLVM's tells all.
             switches = [cpu.switches, *("+" + feature for feature in level.features)]
-            return Target(level, cpu.name, features, ",".join(filter(None, switches)))
-    names = ", ".join(level.name for level in usable)
+            return Target(level, cpu.name, cpu.features, ",".join(filter(None, switches)))
+    names = ", ".join(level.name for level in usable if is_allowed(level))
     raise UsageError(f"LFM2CPP_SIMD={wanted!r} is not available on this CPU ({cpu.name}); choose one of: {names}")

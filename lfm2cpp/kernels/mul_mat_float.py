@@ -24,7 +24,7 @@ from .shares import FAR, distance, is_float_streamed, make_prefetches, next_unit
 from .simd import W, load_f32, make_prefetch_lines, splat_f32, store_bf16, store_f32
 from .tile import make_tile
 from .weights import floats
-from .widths import FLOAT_TILE_TOKENS, LINE, SMALL_TILE_TOKENS
+from .widths import FLOAT_SMALL_TILE_TOKENS, FLOAT_TILE_TOKENS, LINE
 
 # Rows that decode reads side by side: where vectors are short, the multiply-adds of one chain, which wait for each
 # other, would be slower than the memory.
@@ -240,12 +240,13 @@ def make_run_tile(n_tokens: int, element: str) -> Any:
 
 
 def make_by_tile(weights: floats.FloatWeights) -> Any:
-    wide, small = (make_run_tile(n_tokens, weights.element) for n_tokens in (FLOAT_TILE_TOKENS, SMALL_TILE_TOKENS))
+    wide = make_run_tile(FLOAT_TILE_TOKENS, weights.element)
+    small = make_run_tile(FLOAT_SMALL_TILE_TOKENS, weights.element)
 
     @device
     def by_tile(panel, n, chained, count, totals):
         """totals = the panel by the first `count` tokens of a tile, SUMS bytes a token"""
-        if count <= SMALL_TILE_TOKENS:
+        if count <= FLOAT_SMALL_TILE_TOKENS:
             small(panel, chained, n, totals)
         else:
             wide(panel, chained, n, totals)

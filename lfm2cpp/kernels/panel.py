@@ -1,7 +1,8 @@
 """A panel of 2 W rows of weights, unpacked into per-thread scratch and used by tile after tile of many tokens.
 
 It lies in the second-level cache. Chain by chain (the blocks b with the same b % W, in order), each block of 32 columns
-as the 8 vectors of every W rows (weights/columns.py), then its scales as float32, one a row.
+as the 8 vectors of every W rows (weights/columns.py; for matrices, less their type's OFFSET), then its scales as
+float32, one a row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from .activation import n_groups_of, tile_stride
 from .compiler import device
 from .dot_matrix import make_panel_columns
-from .dot_tile import BLOCK, ENTRY, PANEL, make_dot_tile
+from .dot_tile import PANEL, make_dot_tile
 from .scalar import hold, keep_apart, load_u8, store_i8
 from .scalar import load_f32 as load_scalar
 from .scalar import store_f32 as store_scalar
@@ -32,6 +33,7 @@ from .simd import (
     splat_f32,
     store_f32,
 )
+from .tile import BLOCK, ENTRY, VECTOR
 from .widths import (
     LINE,
     MATRICES,
@@ -43,14 +45,13 @@ from .widths import (
     TILE_TOKENS,
 )
 
-VECTOR = 4 * W  # bytes
 SUMS = 2 * VECTOR  # bytes of one token's sums of the rows of a panel
 SCALES = 16 * VECTOR  # offset in a block of a panel
 
 
 @dataclass(frozen=True)
 class PanelProduct:
-    """For a block type. totals: SUMS bytes a token."""
+    """For a block type. totals: TOTALS bytes, of which the first tokens' sums, SUMS bytes each, are the result."""
 
     block_nbytes: int  # of a panel's 32 columns
     unpack: Any  # (w, row_bytes, n_rows, n, panel, coming): a panel of n_rows rows at w; those at `coming` will be next
@@ -67,7 +68,7 @@ def file_nbytes(weights: ModuleType) -> int:
 def make_panel_product(weights: ModuleType) -> PanelProduct:
     prepare_rows, block_columns, block_scales = weights.prepare_rows, weights.block_columns, weights.block_scales
     n_scales = weights.N_SCALES
-    assert n_scales <= 3, "run_tiles hands on three addresses"
+    assert n_scales <= 3 and weights.N_SUMS <= 2, "run_tiles and run_matrices hand on so many addresses"
     store_columns, store_scales = make_store_apart(8, bytes_), make_store_apart(n_scales, f32)
     panel_columns = make_panel_columns(weights.OFFSET)
     block_nbytes, asked = SCALES + n_scales * SUMS, 2 * file_nbytes(weights)
@@ -161,7 +162,7 @@ def _make_run_tiles(weights: ModuleType, n_tokens: int, block_nbytes: int) -> An
                     ask_for_block(a + ahead)
                     scales = block + SCALES
                     scales = scales, scales + SUMS, scales + 2 * SUMS  # as many of them as there are
-                    sums = sum_block(block, a, tables, TILE_TOKENS * n_groups, room)
+                    sums = sum_block(block, a, tables, TILE_TOKENS * n_groups, 0)
                     f = finish(f, sums, scales, tables, TILE_TOKENS * n_groups)
                     block += block_nbytes
                     a += TILE_TOKENS * BLOCK
@@ -177,8 +178,9 @@ def _make_run_matrices(weights: ModuleType, n_tokens: int, block_nbytes: int) ->
     """The same with products of matrices, whose sums lie in memory.
 
     All products of some blocks come first, then all that is done with their sums: hardly anything of the one runs
-    beside the other, and a sum that was just stored is slow to read. That takes half of the rows at a time, and asks
-    for the blocks that follow, of weights and of activations.
+    beside the other, and a sum that was just stored is slow to read. The second part takes half of the rows at a time,
+    and asks for the blocks that follow, of weights and of activations. At `room` lie the float sums of a part of a
+    chain, then the integer sums of MATRIX_BLOCKS blocks.
     """
     tile = make_dot_tile(n_tokens, PANEL)
     zero, add_to, load, store = tile.zero, tile.add_to, tile.load, tile.store
@@ -192,7 +194,7 @@ def _make_run_matrices(weights: ModuleType, n_tokens: int, block_nbytes: int) ->
     def multiply(block, count, a, ahead, sums):
         for _ in range(count):
             ask_for_block(ahead)
-            sum_block(block, a, 0, 0, sums)
+            sum_block(block, a, 0, 0, sums)  # no tables: weights are signed
             block += block_nbytes
             a += TILE_TOKENS * BLOCK
             ahead += TILE_TOKENS * BLOCK
@@ -205,7 +207,7 @@ def _make_run_matrices(weights: ModuleType, n_tokens: int, block_nbytes: int) ->
             ask_for_tokens(a)
             scales = block + SCALES
             scales = scales, scales + SUMS, scales + 2 * SUMS  # as many of them as there are
-            f = finish(f, (sums, sums + PANEL_SUMS), scales, tables, table_step)
+            f = finish(f, (sums, sums + PANEL_SUMS), scales, tables, table_step)  # as many sums as there are
             block += block_nbytes
             tables += TILE_TOKENS * ENTRY
             sums += sums_nbytes

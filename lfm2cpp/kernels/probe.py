@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .compiler import device, kernel
 from .dot import dot2_u6
-from .dot_matrix import leave_matrices, matrix_dots, use_matrices
+from .dot_matrix import leave_matrices, matrix_words, use_matrices
 from .scalar import store_f32, store_i64
 from .simd import W, fma, load_bytes, load_f32, load_i32, splat_f32, splat_i32, sum_lanes, sum_lanes_i32
 from .widths import PANEL_SUMS, TILE_TOKENS
@@ -22,7 +22,7 @@ PRODUCTS = 12 * STEPS  # vector products a round; 12 sums hide the latency of on
 # Of products of matrices, where the level has them: weights of two panels' blocks, then two blocks of activations.
 WEIGHTS, ACTIVATIONS = 16 * VECTOR, 32 * TILE_TOKENS  # bytes of one
 MATRIX_OPERANDS = 2 * (WEIGHTS + ACTIVATIONS) + 2 * PANEL_SUMS  # bytes: behind them there is room for the sums
-multiply = matrix_dots().dot_u4_alone
+multiply = matrix_words().dot_u4_alone
 
 
 @kernel
@@ -76,7 +76,8 @@ def dot_stream(operands, rounds, out):
 def matrix_stream(operands, rounds, out):
     """Two products of 2 W rows by TILE_TOKENS tokens, 32 columns each, a round; where their sums are goes to `out`.
 
-    They are stored every time, as those of quantized blocks are, each of which has a scale of its own.
+    They are stored every time, as those of quantized blocks are, each of which has a scale of its own. For levels with
+    matrices only.
     """
     use_matrices()
     a = operands + 2 * WEIGHTS

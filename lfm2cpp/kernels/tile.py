@@ -7,6 +7,7 @@ attention and of float weights; the int8 ones are in dot_tile.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,20 @@ from .vector import splat, vector_op
 
 int64 = types.int64
 VECTOR = 4 * W  # bytes of a vector
+BLOCK, ENTRY = 32, 4  # bytes of a token in a tile of quantized activations: of a block's integers, of a table's entries
+
+
+@dataclass(frozen=True)
+class IntegerWords:
+    """The words of an int8 tile that make integers (dot_tile.py), and what these are."""
+
+    kind: types.Type
+    dot_u4: Any
+    dot_u4_alone: Any
+    dot_i8: Any
+    dot_u6_low: Any
+    dot_u6_high: Any
+    sum_of: Callable[[ir.IRBuilder, ir.Value, int], ir.Value]  # vector i of them
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,24 @@ _LEVEL = _TARGET.level
 W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
-MATRICES = _LEVEL.name == "avx512-amx"  # its product takes W rows by 16 tokens at a time, from memory (dot_matrix.py)
+MATRICES = _LEVEL.has_matrices  # its product takes W rows by 16 tokens at a time, from memory (dot_matrix.py)
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
 FLOATS_IN_MEMORY = PAIR_SUMS  # where a quantized product's float sums lie from block to block (dot_tile.py)
 # Tokens of a tile of activations, and of the widest tile of a panel's product: the integer sums must fit the registers,
-# and the float sums unless they lie in memory.
+# and the float sums unless they lie in memory. With matrices the integer ones do, and a product takes 16 tokens.
 TILE_TOKENS = 16 if MATRICES else 6 if REGISTERS == 32 else 4 if FLOATS_IN_MEMORY else 3
-# Of the tiles for what is left over.
+# Of the tiles for what is left over; with matrices only what is done with the sums is narrower.
 MEDIUM_TILE_TOKENS = 8 if MATRICES else 4 if REGISTERS == 32 else 2
 SMALL_TILE_TOKENS = 4 if MATRICES else 2
 # Of the tiles of rows in registers, for a few tokens more; and up to how many tokens, in turn, they beat panels.
 ROW_TILE_TOKENS = (2, 4, 6, 8, 12) if REGISTERS == 32 else (2, 4, 6, 8) if FLOATS_IN_MEMORY else (2, 4, 6)
 FEW_TOKENS = 24 if REGISTERS == 32 and not MATRICES else ROW_TILE_TOKENS[-1]
 MATRIX_BLOCKS = 8  # of a panel that are multiplied together, where that is by matrices
-PANEL_SUMS = 8 * W * TILE_TOKENS  # bytes of the sums of such a product of a tile of tokens
+PANEL_SUMS = 8 * W * TILE_TOKENS  # bytes of the integer sums of a panel's rows by a tile of tokens
 SLICED_TOKENS = 4 * TILE_TOKENS  # up to which a panel is unpacked and used slice by slice
 FLOAT_STREAMED_TOKENS = 3  # up to which a float product streams its rows from the file, each token in turn
-FLOAT_TILE_TOKENS = 6  # of the tile of a float product: one sum a value
+FLOAT_TILE_TOKENS, FLOAT_SMALL_TILE_TOKENS = 6, 2  # of the tiles of a float product: one sum a value
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).

@@ -13,14 +13,15 @@ are what several block types share. For a block type a module says
     block_columns(rows, row_bytes, b)
                                columns 32 b .. 32 b + 31 of W rows: a tuple of eight vectors of integers (columns.py),
                                of the range that sum_block's dot takes, signed ones through panel_i8
-    OFFSET                     what these integers are larger by than the signed ones of the type
+    OFFSET                     what these integers are larger by than signed ones, which fit int8
     N_SCALES, block_scales(rows, row_bytes, b)
                                their scales and minima: a tuple of N_SCALES (1 to 3) vectors of float32, one a row
     N_SUMS, sum_block(tile)    sums(q, a, tables, table_step, room): a tuple of N_SUMS (1 or 2) integer tiles over 32
                                columns (dot_tile.py). a: their activations; table X has their entry at
                                tables + table_step * ACT_X, and what belongs to the tile that follows lies
-                               next_tile = table_step * ACT_GROUP further; tiles that lie in memory go to room, one
-                               PANEL_SUMS bytes behind the other
+                               next_tile = table_step * ACT_GROUP further. It only hands tables on to the tile's
+                               words, as z, which must be -OFFSET * the sum of a: with matrices there are none. Tiles
+                               that lie in memory go to room, one PANEL_SUMS bytes behind the other
     finish_block(tile)         finish(f, sums, scales, tables, table_step): f + these sums, scaled; the same float
                                operations as dot_group's
     dequantize_block(w, out)   BLOCK float32
