@@ -165,10 +165,12 @@ def _profile_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         limits = row["limits"]
+        int8, vectors = (limits.get(f"int8{kind}_macs_per_s", 0.0) / 1e9 for kind in ("", "_vector"))
+        in_vectors = f" (in vectors {vectors:.0f})" if 0.0 < vectors < int8 else ""
         lines.append(
             f"| {row['model']} | {row['n_threads']} | {row['test']} | {row['step_ns'] / 1e6:.2f} ms "
             f"| **{row['share_of_limit']:.0%}** | {row['ops_share']:.1%} | {limits['read_bytes_per_s'] / 1e9:.1f} "
-            f"| {row['weights_read_bytes_per_s'] / 1e9:.1f} | {limits['int8_macs_per_s'] / 1e9:.0f} |"
+            f"| {row['weights_read_bytes_per_s'] / 1e9:.1f} | {int8:.0f}{in_vectors} |"
         )
     return lines
 
