@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.simd import gather_pieces, high_halves, low_halves, transpose_4
-from lfm2cpp.kernels.widths import PAIRS
+from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, PAIRS
 
 
 @device
@@ -42,3 +42,14 @@ def gather_rows(pieces, row_bytes):
 def rows_in_file(w, row_bytes, n_blocks, room):
     """prepare_rows of a type whose blocks are used as they lie in the file"""
     return w
+
+
+def scale_block(tile):
+    """finish_block of a type whose blocks have one scale and nothing else"""
+    scale = tile.scale
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        return scale(f, sums[0], scales[0], tables + table_step * ACT_D, table_step * ACT_GROUP)
+
+    return finish

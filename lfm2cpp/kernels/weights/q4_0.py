@@ -7,7 +7,7 @@ from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
 from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, load_i32, make_gather_f16, to_f32
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z8
 
-from .columns import rows_in_file
+from .columns import rows_in_file, scale_block
 from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 18
@@ -17,7 +17,7 @@ N_SUMS = 1
 QS = 2  # offset of the nibbles in a block
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
-prepare_rows = rows_in_file
+prepare_rows, finish_block = rows_in_file, scale_block
 
 
 @device
@@ -51,16 +51,6 @@ def sum_block(tile):
         return (dot(tables + table_step * ACT_Z8, q, a, table_step * ACT_GROUP, room),)
 
     return sums
-
-
-def finish_block(tile):
-    scale = tile.scale
-
-    @device
-    def finish(f, sums, scales, tables, table_step):
-        return scale(f, sums[0], scales[0], tables + table_step * ACT_D, table_step * ACT_GROUP)
-
-    return finish
 
 
 @device

@@ -20,7 +20,7 @@ from lfm2cpp.kernels.simd import (
 )
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z128
 
-from .columns import interleave_rows, rows_in_file
+from .columns import interleave_rows, rows_in_file, scale_block
 
 BLOCK, BLOCK_BYTES = 32, 34
 N_SCALES = 1
@@ -28,7 +28,7 @@ OFFSET = I8_BIAS
 N_SUMS = 1
 QS = 2  # offset of the integers in a block
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
-prepare_rows = rows_in_file
+prepare_rows, finish_block = rows_in_file, scale_block
 
 
 @device
@@ -82,16 +82,6 @@ def sum_block(tile):
         return (dot(tables + table_step * ACT_Z128, q, a, table_step * ACT_GROUP, room),)
 
     return sums
-
-
-def finish_block(tile):
-    scale = tile.scale
-
-    @device
-    def finish(f, sums, scales, tables, table_step):
-        return scale(f, sums[0], scales[0], tables + table_step * ACT_D, table_step * ACT_GROUP)
-
-    return finish
 
 
 @device
