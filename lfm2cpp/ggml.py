@@ -90,6 +90,23 @@ block_q8_0 = np.dtype([
 ])  # fmt: skip
 assert block_q8_0.itemsize == 34
 
+block_q4_K = np.dtype([
+    ("d", "<f2"),              # scale of the scales
+    ("dmin", "<f2"),           # scale of the minima
+    ("scales", "u1", 12),      # eight scales and eight minima, 6 bits each
+    ("qs", "u1", QK_K // 2),   # of each 64 elements, low nibbles: the first 32, high nibbles: the others
+])  # fmt: skip
+assert block_q4_K.itemsize == 144
+
+block_q5_K = np.dtype([
+    ("d", "<f2"),
+    ("dmin", "<f2"),
+    ("scales", "u1", 12),
+    ("qh", "u1", QK_K // 8),   # bit j of byte i: the fifth bit of element 32 j + i
+    ("qs", "u1", QK_K // 2),
+])  # fmt: skip
+assert block_q5_K.itemsize == 176
+
 block_q6_K = np.dtype([
     ("ql", "u1", QK_K // 2),       # low 4 bits
     ("qh", "u1", QK_K // 4),       # high 2 bits
@@ -125,8 +142,8 @@ TRAITS: dict[GGMLType, TypeTraits] = {
     GGMLType.Q8_1: TypeTraits(32, 36),
     GGMLType.Q2_K: TypeTraits(QK_K, 84),
     GGMLType.Q3_K: TypeTraits(QK_K, 110),
-    GGMLType.Q4_K: TypeTraits(QK_K, 144),
-    GGMLType.Q5_K: TypeTraits(QK_K, 176),
+    GGMLType.Q4_K: TypeTraits(QK_K, 144, block_q4_K),
+    GGMLType.Q5_K: TypeTraits(QK_K, 176, block_q5_K),
     GGMLType.Q6_K: TypeTraits(QK_K, 210, block_q6_K),
     GGMLType.Q8_K: TypeTraits(QK_K, 292),
     GGMLType.IQ2_XXS: TypeTraits(QK_K, 66),

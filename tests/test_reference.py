@@ -194,7 +194,7 @@ def test_silu_and_softmax_do_not_overflow():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("types", ["F32", "BF16", "Q8_0", "Q4_1", {"token_embd": "Q6_K", "attn_v": "F16", ".": "Q4_0"}])
+@pytest.mark.parametrize("types", ["F32", "BF16", "Q8_0", "Q4_1", "Q5_K", {"token_embd": "Q6_K", "attn_v": "F16", ".": "Q4_0"}])
 def test_a_file_is_the_model_of_its_stored_weights(types, keep, tmp_path):
     """Also under the other name of the final norm."""
     model = load_model(tiny_gguf(tmp_path / "m.gguf", types=types, norm_name="output_norm"), keep=keep)
@@ -210,10 +210,10 @@ def test_types_lose_what_they_should(tmp_path):
     """The better the type, the nearer the logits; BF16 holds these weights exactly."""
     exact = forward(load_model(tiny_gguf(tmp_path / "m.gguf")), TOKENS)
     errors = {}
-    for types in ("BF16", "F16", "Q8_0", "Q6_K", "Q4_0"):
+    for types in ("BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_0"):
         errors[types] = relative_rms(forward(load_model(tiny_gguf(tmp_path / "m.gguf", types=types)), TOKENS), exact)
     assert errors["BF16"] == 0
-    assert errors["F16"] < 1e-5 < errors["Q8_0"] < errors["Q6_K"] < errors["Q4_0"] < 1
+    assert errors["F16"] < 1e-5 < errors["Q8_0"] < errors["Q6_K"] < errors["Q5_K"] < errors["Q4_0"] < 1
 
 
 def test_q6_k_encoder_of_the_test_models_is_valid():

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2cpp.arch import iter_tensors, lfm2
-from lfm2cpp.ggml import FileType, GGMLType, block_q6_K
+from lfm2cpp.ggml import FileType, GGMLType, block_q4_K, block_q5_K, block_q6_K
 
 F32 = NDArray[np.float32]
 Weights = dict[str, F32]  # by GGUF name
@@ -88,8 +88,8 @@ def tiny_gguf(
 ) -> Path:
     """Write a tiny model to `path` and return it.
 
-    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q6_K, or {regex: type}, first match wins and no
-    match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
+    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q4_K Q5_K Q6_K, or {regex: type}, first match wins
+    and no match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
     of other writers). `edit` changes a copy of the float weights before they are stored (a fault, or a state worth
     testing). `metadata` overrides or adds keys, and None removes one. `shape` are the fields of TinyShape.
     """
@@ -199,10 +199,55 @@ def to_bf16(x: F32) -> F32:
 
 def encode(w: F32, ggml_type: GGMLType) -> NDArray[np.uint8]:
     """w (rows, n) -> the bytes of its rows (rows, nbytes) in `ggml_type`."""
-    if ggml_type == GGMLType.Q6_K:
-        return encode_q6_K(w)
+    if ggml_type in K_ENCODERS:
+        return K_ENCODERS[ggml_type](w)
     data = gguf.quants.quantize(w, gguf.GGMLQuantizationType(ggml_type))
     return np.ascontiguousarray(data).view(np.uint8)
+
+
+def encode_q4_K(w: F32) -> NDArray[np.uint8]:
+    """A plain, valid Q4_K encoding: each 32 elements from their smallest, or 0, to their largest."""
+    q, header = encode_sub_blocks(w, 15)
+    blocks = np.zeros(len(q), block_q4_K)
+    for name, value in header.items():
+        blocks[name] = value
+    blocks["qs"] = nibbles_of_64(q)
+    return blocks.view(np.uint8).reshape(len(w), -1)
+
+
+def encode_q5_K(w: F32) -> NDArray[np.uint8]:
+    """The same in 5 bits."""
+    q, header = encode_sub_blocks(w, 31)
+    blocks = np.zeros(len(q), block_q5_K)
+    for name, value in header.items():
+        blocks[name] = value
+    blocks["qh"] = ((q >> 4) << np.arange(8, dtype=np.uint8)[:, None]).sum(1)
+    blocks["qs"] = nibbles_of_64(q & 15)
+    return blocks.view(np.uint8).reshape(len(w), -1)
+
+
+def encode_sub_blocks(w: F32, n_max: int) -> tuple[NDArray[np.uint8], dict[str, NDArray]]:
+    """Levels (super-blocks, 8, 32) up to n_max, and the fields that a block begins with."""
+    x = w.reshape(-1, 8, 32)
+    lowest = np.maximum(0, -x.min(-1))
+    scale = (x.max(-1) + lowest) / n_max
+    d, dmin = ((v.max(-1) / 63).astype(np.float16) for v in (scale, lowest))
+    scales, minima = (
+        np.clip(np.rint(v / np.where(unit > 0, unit, 1)[:, None].astype(np.float32)), 0, 63).astype(np.uint8)
+        for v, unit in ((scale, d), (lowest, dmin))
+    )
+    step, shift = scales * d[:, None].astype(np.float32), minima * dmin[:, None].astype(np.float32)
+    q = np.rint((x + shift[..., None]) / np.where(step > 0, step, 1)[..., None])
+    low = (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4
+    first, second = scales[:, :4] | scales[:, 4:] >> 4 << 6, minima[:, :4] | minima[:, 4:] >> 4 << 6
+    packed = np.concatenate([first, second, low], axis=1)
+    return np.clip(q, 0, n_max).astype(np.uint8), {"d": d, "dmin": dmin, "scales": packed}
+
+
+def nibbles_of_64(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Levels (super-blocks, 8, 32) of 4 bits -> 128 bytes: two sub-blocks share 32."""
+    pairs = q.reshape(-1, 4, 2, 32)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
 
 
 def encode_q6_K(w: F32) -> NDArray[np.uint8]:
@@ -222,6 +267,9 @@ def encode_q6_K(w: F32) -> NDArray[np.uint8]:
     blocks["qh"] = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).reshape(-1, 64)
     blocks["scales"], blocks["d"] = scales, d
     return blocks.view(np.uint8).reshape(len(w), -1)
+
+
+K_ENCODERS = {GGMLType.Q4_K: encode_q4_K, GGMLType.Q5_K: encode_q5_K, GGMLType.Q6_K: encode_q6_K}
 
 
 def tiny_tokens(tiny: TinyShape) -> tuple[list[str], list[tuple[str, str]]]:
@@ -300,7 +348,9 @@ _CONFIG_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 def _model_metadata(tiny: TinyShape, name: str, types: Types) -> dict[str, tuple[gguf.GGUFValueType, Any]]:
     T, hp = gguf.GGUFValueType, tiny.hparams()
-    ftype = FileType[types] if isinstance(types, str) else FileType.F32
+    ftype = FileType.F32
+    if isinstance(types, str):
+        ftype = FileType[types + "_S" if types in ("Q4_K", "Q5_K") else types]  # there is no file type of that name
     return {
         "general.type": (T.STRING, "model"),
         "general.name": (T.STRING, name),

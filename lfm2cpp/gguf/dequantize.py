@@ -65,6 +65,17 @@ def dequantize_q5_1(blocks: NDArray) -> F32:
     return _scale(blocks["d"]) * (_nibbles(blocks["qs"]) + _fifth_bits(blocks["qh"])) + _scale(blocks["m"])
 
 
+def dequantize_q4_K(blocks: NDArray) -> F32:
+    """x = (d * scale) * q - dmin * min, q in 0..15; 256 elements share d and dmin, 32 a scale and a min"""
+    return _scale_sub_blocks(blocks, _nibbles_of_64(blocks["qs"]))
+
+
+def dequantize_q5_K(blocks: NDArray) -> F32:
+    """The same with q in 0..31: bit j of byte i of qh is the fifth of element i of sub-block j."""
+    high = blocks["qh"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1    # (nb, 8, 32)
+    return _scale_sub_blocks(blocks, _nibbles_of_64(blocks["qs"]) | high << 4)
+
+
 def dequantize_q6_K(blocks: NDArray) -> F32:
     """x = (d * scale) * (q - 32), q in 0..63; 256 elements share d, 16 share a scale.
 
@@ -79,6 +90,25 @@ def dequantize_q6_K(blocks: NDArray) -> F32:
     q = (low | high << 4).astype(np.float32) - np.float32(32)
     scale = _scale(blocks["d"]) * blocks["scales"].astype(np.float32)          # (nb, 16)
     return scale[:, :, None] * q.reshape(nb, QK_K // 16, 16)
+
+
+def _nibbles_of_64(qs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(nb, 128) bytes -> (nb, 8, 32): of every 32 bytes the low nibbles are one sub-block, the high ones the next."""
+    pairs = qs.reshape(-1, 4, 1, 32)
+    return np.concatenate([pairs & 0x0F, pairs >> 4], axis=2).reshape(-1, 8, 32)
+
+
+def _scale_sub_blocks(blocks: NDArray, q: NDArray[np.uint8]) -> F32:
+    """Levels (nb, 8, 32) -> elements.
+
+    Of the 12 bytes of 6-bit numbers the first four hold scales 0..3 and the next four minima 0..3; the last four hold
+    the low halves of scales 4..7 and, above them, of minima 4..7, whose upper two bits are on top of the first eight.
+    """
+    first, second, low = np.split(blocks["scales"], 3, axis=1)                       # (nb, 4) each
+    scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
+    minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
+    scale, minimum = _scale(blocks["d"]) * scales.astype(np.float32), _scale(blocks["dmin"]) * minima.astype(np.float32)
+    return scale[:, :, None] * q.astype(np.float32) - minimum[:, :, None]
 
 
 def _scale(d: NDArray) -> F32:
@@ -105,5 +135,7 @@ _DEQUANTIZE: dict[GGMLType, Callable[[NDArray], F32]] = {
     GGMLType.Q4_1: dequantize_q4_1,
     GGMLType.Q5_0: dequantize_q5_0,
     GGMLType.Q5_1: dequantize_q5_1,
+    GGMLType.Q4_K: dequantize_q4_K,
+    GGMLType.Q5_K: dequantize_q5_K,
     GGMLType.Q6_K: dequantize_q6_K,
 }
