@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.simd import gather_pieces, high_halves, low_halves, transpose_4
-from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, PAIRS
+from lfm2cpp.kernels.widths import ACT_D, ACT_DS, ACT_GROUP, PAIRS
 
 
 @device
@@ -42,6 +42,28 @@ def gather_rows(pieces, row_bytes):
 def rows_in_file(w, row_bytes, n_blocks, room):
     """prepare_rows of a type whose blocks are used as they lie in the file"""
     return w
+
+
+def sum_alone(dot):
+    """sum_block's sums for weights without OFFSET; dot: the tile's word for them"""
+
+    @device
+    def sums(q, a, tables, table_step, room):
+        return (dot(q, a, table_step * ACT_GROUP, room),)
+
+    return sums
+
+
+def scale_and_add_block(tile):
+    """finish_block of a type whose blocks have a scale and a minimum"""
+    scale_and_add = tile.scale_and_add
+
+    @device
+    def finish(f, sums, scales, tables, table_step):
+        d, ds = tables + table_step * ACT_D, tables + table_step * ACT_DS
+        return scale_and_add(f, sums[0], scales[0], d, scales[1], ds, table_step * ACT_GROUP)
+
+    return finish
 
 
 def scale_block(tile):

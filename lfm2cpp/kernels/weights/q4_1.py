@@ -5,9 +5,9 @@ from __future__ import annotations
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8, store_f32
 from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, make_gather_f16, to_f32
-from lfm2cpp.kernels.widths import ACT_D, ACT_DS, ACT_GROUP
+from lfm2cpp.kernels.widths import ACT_D, ACT_DS
 
-from .columns import rows_in_file
+from .columns import rows_in_file, scale_and_add_block, sum_alone
 from .nibbles import interleave_nibbles, make_sum_nibbles
 
 BLOCK, BLOCK_BYTES = 32, 20
@@ -17,7 +17,7 @@ N_SUMS = 1
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
 gather_scales = make_gather_f16(BLOCK_BYTES)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
-prepare_rows = rows_in_file
+prepare_rows, finish_block = rows_in_file, scale_and_add_block
 
 
 @device
@@ -45,24 +45,7 @@ def block_scales(w, row_bytes, b):
 
 
 def sum_block(tile):
-    dot = tile.dot_u4_alone
-
-    @device
-    def sums(q, a, tables, table_step, room):
-        return (dot(q, a, table_step * ACT_GROUP, room),)
-
-    return sums
-
-
-def finish_block(tile):
-    scale_and_add = tile.scale_and_add
-
-    @device
-    def finish(f, sums, scales, tables, table_step):
-        d, ds = tables + table_step * ACT_D, tables + table_step * ACT_DS
-        return scale_and_add(f, sums[0], scales[0], d, scales[1], ds, table_step * ACT_GROUP)
-
-    return finish
+    return sum_alone(tile.dot_u4_alone)
 
 
 @device
