@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "types": "F32", "n_embd": 96, "n_head": 3, "n_head_kv": 1, "n_ff": 160, "l_cache": 2, "attention": (0, 2, 3),
     },
     "q4_0-mixed": {
-        "types": {"token_embd|^output": "Q6_K", "ffn_down": "Q4_1", "attn_v": "F16", ".": "Q4_0"},
+        "types": {"token_embd|^output": "Q6_K", "ffn_down": "Q4_1", "attn_v": "F16", "attn_q": "Q4_K", "out_proj": "Q5_K", ".": "Q4_0"},
         "n_head": 2, "l_cache": 5, "tied": False, "attention": (1,),
     },
     "bf16-gqa8": {

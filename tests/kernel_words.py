@@ -117,6 +117,7 @@ def byte_words(x, far, out):
     store_two(out + 14 * ROW, 4 * ROW, (a, b))
     simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
     simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
+    simd.store_bytes(out + 19 * ROW, simd.nibbles_by_piece(a))
     simd.prefetch_near(far + 1000000)  # wherever that is
     simd.prefetch_write(far + 1000000)
     simd.prefetch_early(far + 1000000)
@@ -165,6 +166,10 @@ def gather_words(far, out):
         first, second = simd.i8_of_lanes(simd.load_i32(far), i)
         simd.store_f32(out + (6 + 2 * i) * ROW, first)
         simd.store_f32(out + (7 + 2 * i) * ROW, second)
+    for half in range(2):
+        scales, minima = simd.gather_6_bits(far, 144, half)
+        simd.store_i32(out + (12 + 2 * half) * ROW, scales)
+        simd.store_i32(out + (13 + 2 * half) * ROW, minima)
 
 
 @kernel

@@ -144,7 +144,7 @@ def test_sums_of_pieces_at_their_limits(row: int, bits: int) -> None:
 def test_byte_words() -> None:
     a, b, c, d = (octets(i) for i in range(4))
     far = guarded(np.random.default_rng(8).integers(0, 256, 3 + 210 * (PIECES + 1), np.uint8))
-    found = say("byte_words", 19, x=rows(a, b, c, d), far=far)
+    found = say("byte_words", 20, x=rows(a, b, c, d), far=far)
     check(found[0], a & b)
     check(found[1], a & 15)
     check(found[2], a >> 4)
@@ -164,13 +164,14 @@ def test_byte_words() -> None:
     halves = np.stack([v.reshape(PIECES, 2, 8) for v in (a, b)], axis=2)  # [piece][half][vector][byte]
     check(found[16], np.ascontiguousarray(halves[:, 0]).reshape(4 * W))
     check(found[17], np.ascontiguousarray(halves[:, 1]).reshape(4 * W))
+    check(found[19], np.where(np.arange(4 * W) // 16 % 2, a >> 4, a & 15).astype(np.uint8))
 
 
 def test_loads_stay_within_their_vectors() -> None:
     """gather_pieces and load_* of the last bytes there are."""
     far = guarded(np.arange(8 + 2 * 7 + 210 * (W // 8 or 1), dtype=np.uint8))
     x = rows(*(octets(i) for i in range(4)))
-    say("byte_words", 19, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
+    say("byte_words", 20, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
@@ -234,7 +235,7 @@ def test_gathers_of_halves() -> None:
     def half(offset: int) -> np.float32:
         return data[offset : offset + 2].view(np.float16)[0].astype(np.float32)
 
-    found = say("gather_words", 12, far=guarded(far))
+    found = say("gather_words", 16, far=guarded(far))
     check(found[0], np.array([half(18 * i) for i in range(W)]))
     check(found[1], np.array([half(2 + 210 * i) for i in range(W)]))
     check(found[2], np.array([half(18 * i) for i in range(W)]))
@@ -244,6 +245,11 @@ def test_gathers_of_halves() -> None:
     for i in range(3):
         check(found[6 + 2 * i], data.view(np.int8)[i : 4 * W : 4].astype(np.float32))
         check(found[7 + 2 * i], data.view(np.int8)[i + 1 : 4 * W : 4].astype(np.float32))
+    headers = np.stack([data[144 * i + 4 : 144 * i + 16] for i in range(-(-W // 8))])
+    for place, numbers in enumerate(gguf.quants.Q4_K.get_scale_min(headers)):
+        for half in range(2):
+            first = 4 * half if W == 4 else 0
+            check(found[12 + 2 * half + place], numbers.reshape(-1)[first : first + W].astype(np.int32))
 
 
 def test_transpose_square() -> None:

@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2cpp.ggml import QK_K, TRAITS, GGMLType, block_q4_0, block_q4_1, block_q6_K, block_q8_0
+from lfm2cpp.ggml import (
+    QK_K,
+    TRAITS,
+    GGMLType,
+    block_q4_0,
+    block_q4_1,
+    block_q4_K,
+    block_q5_K,
+    block_q6_K,
+    block_q8_0,
+)
 
 U8 = NDArray[np.uint8]
 SLAB_BYTES = 16 << 20
@@ -56,7 +66,7 @@ _bf16 = _floats(np.uint16, 8, 7)
 
 
 def _scales(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
-    return _f32(bits, n, std).view(np.float32).astype(np.float16)  # of Q6_K they are subnormal
+    return _f32(bits, n, std).view(np.float32).astype(np.float16)  # of K-quants they are subnormal
 
 
 def _uniform_std(n_levels: int) -> float:
@@ -87,6 +97,30 @@ def _q8_0(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
     return blocks
 
 
+def _q4_K(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
+    blocks = np.empty(n, block_q4_K)
+    _fill_sub_blocks(blocks, bits, std, 16)
+    return blocks
+
+
+def _q5_K(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
+    blocks = np.empty(n, block_q5_K)
+    blocks["qh"] = random_bytes(bits, n * QK_K // 8).reshape(n, -1)
+    _fill_sub_blocks(blocks, bits, std, 32)
+    return blocks
+
+
+def _fill_sub_blocks(blocks: np.ndarray, bits: np.random.SFC64, std: float, n_levels: int) -> None:
+    """Scales 32..63, and minima that are equal to them: dmin is what makes the mean zero."""
+    n = len(blocks)
+    blocks["qs"] = random_bytes(bits, n * QK_K // 2).reshape(n, -1)
+    scales = random_bytes(bits, n * 8).reshape(n, 8) & 31 | 32
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    blocks["scales"] = np.concatenate([first, first, (scales[:, 4:] & 15) * 17], axis=1)
+    blocks["d"] = np.abs(_scales(bits, n, std / (_uniform_std(n_levels) * 48.4)))  # 48.4: their root mean square
+    blocks["dmin"] = blocks["d"] * np.float16((n_levels - 1) / 2)
+
+
 def _q6_K(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
     blocks = np.empty(n, block_q6_K)
     blocks["ql"] = random_bytes(bits, n * QK_K // 2).reshape(n, -1)
@@ -104,6 +138,8 @@ _MAKERS: dict[GGMLType, Callable[[np.random.SFC64, int, float], np.ndarray]] = {
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
     GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_K: _q4_K,
+    GGMLType.Q5_K: _q5_K,
     GGMLType.Q6_K: _q6_K,
 }
 RANDOM_TYPES = tuple(_MAKERS)

@@ -124,6 +124,7 @@ def matrix_words() -> IntegerWords:
         kind=int64,
         dot_u4=whole,
         dot_u4_alone=_word(WHOLE),
+        dot_u5_alone=_word(WHOLE),
         dot_i8=whole,
         dot_u6_low=_word_with_start(LOW),
         dot_u6_high=_word_with_start(HIGH),

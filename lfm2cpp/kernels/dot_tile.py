@@ -63,6 +63,7 @@ class DotTile:
 
     dot_u4: Any  # (z, q, a, next_tile, room) -> integer tile: z[t] + 32 columns of weights 0..15 by int8 activations
     dot_u4_alone: Any  # (q, a, next_tile, room): the same without z
+    dot_u5_alone: Any  # the same of weights 0..31
     dot_i8: Any  # (z, q, a, next_tile, room): for signed weights, through panel_i8; z: what I8_BIAS added, negative
     dot_u6_low: Any  # (z, q, a, next_tile, room) -> z[t] + the first 16 columns of weights 0..63
     dot_u6_high: Any  # the same of the other 16; a: where those are, a + HALF; q as before
@@ -250,6 +251,10 @@ def vector_words(lay: Columns | Pairs, source: Panel | Registers) -> IntegerWord
     def dot_u4_alone(builder, q, a, next_tile, _):
         return unsigned_dots(builder, None, q, a, next_tile, range(32), 15)
 
+    @vector_op(ints, columns, int64, int64, int64)
+    def dot_u5_alone(builder, q, a, next_tile, _):
+        return unsigned_dots(builder, None, q, a, next_tile, range(32), 31)
+
     @vector_op(ints, int64, columns, int64, int64, int64)
     def dot_u6_low(builder, z, q, a, next_tile, _):
         return unsigned_dots(builder, z, q, a, next_tile, range(16), 63)
@@ -264,7 +269,9 @@ def vector_words(lay: Columns | Pairs, source: Panel | Registers) -> IntegerWord
         steps = operands(builder, q, a, next_tile, range(32 // lay.step))
         return pack(builder, sums_of_dots(builder, first, steps, lay.dot_i8))
 
-    return IntegerWords(ints, dot_u4, dot_u4_alone, dot_i8, dot_u6_low, dot_u6_high, ir.IRBuilder.extract_value)
+    return IntegerWords(
+        ints, dot_u4, dot_u4_alone, dot_u5_alone, dot_i8, dot_u6_low, dot_u6_high, ir.IRBuilder.extract_value
+    )
 
 
 @cache
@@ -350,8 +357,8 @@ def make_dot_tile(n_tokens: int, source: Panel | Registers) -> DotTile:
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
     return DotTile(
-        integer.dot_u4, integer.dot_u4_alone, integer.dot_i8, integer.dot_u6_low, integer.dot_u6_high,
-        zero, scale, scale_and_add, scale_halves, add_to, load, store,
+        integer.dot_u4, integer.dot_u4_alone, integer.dot_u5_alone, integer.dot_i8, integer.dot_u6_low,
+        integer.dot_u6_high, zero, scale, scale_and_add, scale_halves, add_to, load, store,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class IntegerWords:
     kind: types.Type
     dot_u4: Any
     dot_u4_alone: Any
+    dot_u5_alone: Any
     dot_i8: Any
     dot_u6_low: Any
     dot_u6_high: Any

@@ -25,13 +25,16 @@ LINEAR_RATIO = 1.5  # times the error of exact arithmetic on rounded activations
 FILE_RATIO = 1.15
 
 # GGUF weight against the checkpoint's, for the worst row. The block types' figures are the worst that one block can
-# do: half a step, over the RMS of a block that is one outlier and near-zeros; Q4_0 also cuts the opposite extreme.
+# do: half a step, over the RMS of a block that is one outlier and near-zeros; Q4_0 also cuts the opposite extreme, and
+# the 6-bit scales and minima of Q4_K and Q5_K are rounded, too.
 WEIGHT = {
     GGMLType.F32: 1e-7,
     GGMLType.F16: 1e-3,
     GGMLType.BF16: 4e-3,
     GGMLType.Q8_0: 1.5e-2,
     GGMLType.Q6_K: 5e-2,
+    GGMLType.Q5_K: 0.18,
+    GGMLType.Q4_K: 0.28,
     GGMLType.Q4_1: 0.25,
     GGMLType.Q4_0: 0.25,
 }

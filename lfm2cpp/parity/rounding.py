@@ -1,6 +1,6 @@
 """What a kernel may round: the activations that meet a stored weight, and the KV cache.
 
-A matrix of 4- or 8-bit blocks is multiplied with activations that were rounded to 8 bits, as llama.cpp does it; F16
+A matrix of blocks of 4 to 8 bits is multiplied with activations that were rounded to 8 bits, as llama.cpp does it; F16
 and BF16 matrices with activations of the same type. The limits for such files are not guessed: they are what these
 roundings cost on this very model and prompt, computed by the float64 reference with and without them.
 """
@@ -58,7 +58,7 @@ _ROUNDINGS: tuple[tuple[Callable[[F64], F64], tuple[GGMLType, ...]], ...] = (
     (round_f16, (GGMLType.F16,)),
     (round_bf16, (GGMLType.BF16,)),
     (round_q8_0, (GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q4_1)),
-    (round_q8_K, (GGMLType.Q6_K,)),
+    (round_q8_K, (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)),
 )
 
 

@@ -22,6 +22,7 @@ from .arithmetic import (
     low_nibbles,
     maximum,
     minimum,
+    nibbles_by_piece,
     product_to_i32,
     reciprocal,
     splat_4_bytes,
@@ -31,7 +32,15 @@ from .arithmetic import (
     to_f32,
     where_greater,
 )
-from .gather import gather_f16, gather_i8_pairs, gather_pieces, gather_pieces_2, make_gather_f16, repeat_f16
+from .gather import (
+    gather_6_bits,
+    gather_f16,
+    gather_i8_pairs,
+    gather_pieces,
+    gather_pieces_2,
+    make_gather_f16,
+    repeat_f16,
+)
 from .lanes import (
     high_halves,
     low_halves,

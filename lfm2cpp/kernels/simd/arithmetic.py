@@ -144,6 +144,14 @@ def high_nibbles(builder, a):
     return builder.lshr(a, constant(I8_VECTOR, 4))
 
 
+@vector_op(bytes_, bytes_)
+def nibbles_by_piece(builder, a):
+    """Low nibbles in even pieces, high ones in odd pieces"""
+    is_odd = constant(ir.VectorType(ir.IntType(1), 4 * W), [i // 16 % 2 for i in range(4 * W)])
+    nibbles = builder.select(is_odd, builder.lshr(a, constant(I8_VECTOR, 4)), a)
+    return builder.and_(nibbles, constant(I8_VECTOR, 15))
+
+
 @vector_op(f32, f32, int64, float32)
 def keep_first(builder, a, n, other):
     """Lanes i < n of a, `other` elsewhere"""

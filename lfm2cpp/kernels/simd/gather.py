@@ -57,6 +57,44 @@ def gather_i8_pairs(builder, address, stride):
     return builder.insert_value(result, builder.ashr(pairs, eight), 1)
 
 
+def _six_bits(builder, words, first, last, shifts):
+    """Of each four words, eight 6-bit numbers.
+
+    The lower ones are in the four bytes of word `first`; of the upper ones four bits are in word `last`, at `shifts`,
+    and two above the lower numbers.
+    """
+    n_blocks = words.type.count // 4
+    eights = ir.VectorType(I32, 8 * n_blocks)
+
+    def part(source, places, masks):
+        lanes = shuffle(builder, words, words, [4 * i + word for i in range(n_blocks) for word in source])
+        shifted = builder.lshr(lanes, constant(eights, places * n_blocks))
+        return builder.and_(shifted, constant(eights, masks * n_blocks))
+
+    lower = part([first] * 4 + [last] * 4, [0, 8, 16, 24, *shifts], [63] * 4 + [15] * 4)
+    upper = part([first] * 8, [0, 0, 0, 0, 2, 10, 18, 26], [0] * 4 + [48] * 4)
+    return builder.or_(lower, upper)
+
+
+@vector_op(types.UniTuple(i32, 2), int64, int64, int64)
+def gather_6_bits(builder, address, stride, half):
+    """Lane i: scale i % 8 of Q4_K and Q5_K, whose block is at address + (i // 8) * stride; and its minimum
+
+    With four lanes, those of the given half of the block.
+    """
+    four = ir.VectorType(I32, 4)
+    blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(-(-W // 8))]
+    words = side_by_side(builder, blocks)  # of a block: scales of the scales, then 12 bytes of 6-bit numbers
+    result = ir.Constant(ir.ArrayType(I32_VECTOR, 2), ir.Undefined)
+    for place, (first, shifts) in enumerate(((1, [0, 8, 16, 24]), (2, [4, 12, 20, 28]))):
+        lanes = _six_bits(builder, words, first, 3, shifts)
+        if W == 4:
+            halves = [shuffle(builder, lanes, lanes, list(range(i, i + 4))) for i in (4, 0)]
+            lanes = builder.select(builder.trunc(half, ir.IntType(1)), *halves)
+        result = builder.insert_value(result, lanes, place)
+    return result
+
+
 @vector_op(f32, int64, int64)
 def repeat_f16(builder, address, stride):
     """Lane i is the float16 at address + (i // 8) * stride, as float32"""

@@ -1,5 +1,5 @@
-"""What kernels need of a weight type: a module a block type, floats.py for F32, F16 and BF16; columns.py and nibbles.py
-are what several block types share. For a block type a module says
+"""What kernels need of a weight type: a module a block type, floats.py for F32, F16 and BF16; columns.py, nibbles.py
+and sub_blocks.py are what several block types share. For a block type a module says
 
     BLOCK, BLOCK_BYTES         elements (a multiple of 32) and bytes of a block in the file
     row_group(row, g)          address of group g (W blocks of 32 columns) of the row at `row`
@@ -33,13 +33,15 @@ get_rows.py do the rest for every type of BLOCK_TYPES. Beside its module and an 
     ggml.py, gguf/      its block in NumPy (dequantize.py), for files, the reference and the tests
     parity/             how far from Hugging Face it may be (limits.py, rounding.py)
     benchmark/          files of random weights (random_blocks.py, random_model.py)
-    quant/              an encoder and a recipe, to write such files
+    quant/              an encoder and a recipe, to write such files; tests/tiny_model.py a plain one, if gguf has none
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from . import q4_0, q4_1, q6_K, q8_0
+from . import q4_0, q4_1, q4_K, q5_K, q6_K, q8_0
 
-BLOCK_TYPES: dict[str, ModuleType] = {"q4_0": q4_0, "q4_1": q4_1, "q6_K": q6_K, "q8_0": q8_0}  # as kernels are named
+BLOCK_TYPES: dict[str, ModuleType] = {
+    "q4_0": q4_0, "q4_1": q4_1, "q4_K": q4_K, "q5_K": q5_K, "q6_K": q6_K, "q8_0": q8_0,
+}  # as kernels are named  # fmt: skip
