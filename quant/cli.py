@@ -16,7 +16,7 @@ from lfm2cpp.terminal import Progress, format_size, note
 from .quantize import Plan, check_threads, default_output, quantize_file
 from .recipe import RECIPES, Recipe, find_recipe
 
-TYPES = "\n".join(f"  {recipe.name:5} {recipe.summary}" for recipe in RECIPES.values())
+TYPES = "\n".join(f"  {recipe.name:6} {recipe.summary}" for recipe in RECIPES.values())
 
 
 # Unknown options reach parse_arguments, which takes -1 for a bad number of threads.

@@ -26,6 +26,8 @@ KERNELS: dict[GGMLType, str] = {
     GGMLType.Q5_0: "quant.legacy:quantize_blocks_q5_0",
     GGMLType.Q5_1: "quant.legacy:quantize_blocks_q5_1",
     GGMLType.Q8_0: "quant.legacy:quantize_blocks_q8_0",
+    GGMLType.Q4_K: "quant.k_quants:quantize_blocks_q4_K",
+    GGMLType.Q5_K: "quant.k_quants:quantize_blocks_q5_K",
     GGMLType.Q6_K: "quant.k_quants:quantize_blocks_q6_K",
 }
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)

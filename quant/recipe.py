@@ -2,18 +2,41 @@
 
 The rules are llama-quantize's. A file type has a base type for the matrices; the matrix that makes the logits costs
 more when it is wrong, so most file types give it more bits: Q4_0 stores it as Q6_K. In a model with tied embeddings
-that matrix is token_embd, else it is output. `pure` gives every matrix the base type.
+that matrix is token_embd, else it is output. The K-quants also give more bits to the matrices of some layers that are
+worth them (Upgrade). `pure` gives every matrix the base type.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lfm2cpp.arch import TensorEntry
 from lfm2cpp.errors import UsageError
 from lfm2cpp.ggml import TRAITS, FileType, GGMLType
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """A type for some of the matrices `blk.N.{part}.weight`: the i-th of n, counted over the layers that have one."""
+
+    part: str
+    ggml_type: GGMLType
+    applies: Callable[[int, int], bool]
+
+
+def first_four(i: int, n: int) -> bool:
+    return i < 4
+
+
+def first_eighth(i: int, n: int) -> bool:
+    return i < n // 8
+
+
+def use_more_bits(i: int, n: int) -> bool:
+    """llama-quantize's: the first and the last eighth, and every third in between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +48,11 @@ class Recipe:
     base: GGMLType | None
     head: GGMLType | None  # of the matrix that makes the logits
     summary: str
+    upgrades: tuple[Upgrade, ...] = ()
 
+
+SMALL = Upgrade("attn_v", GGMLType.Q5_K, first_four), Upgrade("ffn_down", GGMLType.Q5_K, first_eighth)
+MEDIUM = Upgrade("attn_v", GGMLType.Q6_K, use_more_bits), Upgrade("ffn_down", GGMLType.Q6_K, use_more_bits)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -34,6 +61,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe("Q4_1", FileType.Q4_1, GGMLType.Q4_1, GGMLType.Q6_K, "5 bits, scale and minimum"),
         Recipe("Q5_0", FileType.Q5_0, GGMLType.Q5_0, GGMLType.Q6_K, "5.5 bits"),
         Recipe("Q5_1", FileType.Q5_1, GGMLType.Q5_1, GGMLType.Q6_K, "6 bits, scale and minimum"),
+        Recipe("Q4_K_S", FileType.Q4_K_S, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 5.5 in a few layers", SMALL),
+        Recipe("Q4_K_M", FileType.Q4_K_M, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 6.6 in some layers", MEDIUM),
+        Recipe("Q5_K_S", FileType.Q5_K_S, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits throughout"),
+        Recipe("Q5_K_M", FileType.Q5_K_M, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits, 6.6 in some layers", MEDIUM),
         Recipe("Q6_K", FileType.Q6_K, GGMLType.Q6_K, GGMLType.Q6_K, "6.6 bits"),
         Recipe("Q8_0", FileType.Q8_0, GGMLType.Q8_0, GGMLType.Q8_0, "8.5 bits, next to no loss"),
         Recipe("F16", FileType.F16, GGMLType.F16, GGMLType.F16, "half precision"),
@@ -43,8 +74,14 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
+ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
 # What a row takes that is not whole blocks of the type chosen for it; F16 when that does not fit either.
-FALLBACK: dict[GGMLType, GGMLType] = {GGMLType.Q6_K: GGMLType.Q8_0}
+FALLBACK: dict[GGMLType, GGMLType] = {
+    GGMLType.Q4_K: GGMLType.Q5_0,
+    GGMLType.Q5_K: GGMLType.Q5_1,
+    GGMLType.Q6_K: GGMLType.Q8_0,
+}
 
 OUTPUT, TOKEN_EMBD = "output.weight", "token_embd.weight"
 
@@ -72,9 +109,10 @@ class Subject:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a type name, in any case, or of a file type's number. Raises UsageError with the list."""
+    """The recipe of a type name or alias, in any case, or of a file type's number. UsageError with the list."""
     by_number = {str(int(r.file_type)): r for r in RECIPES.values() if r.file_type is not None}
-    recipe = RECIPES.get(name.upper()) or by_number.get(name)
+    upper = name.upper()
+    recipe = RECIPES.get(ALIASES.get(upper, upper)) or by_number.get(name)
     if recipe is None:
         raise UsageError(f"unknown type {name!r}; choose one of: {' '.join(RECIPES)}")
     return recipe
@@ -82,18 +120,25 @@ def find_recipe(name: str) -> Recipe:
 
 def choose_types(recipe: Recipe, subjects: Mapping[str, Subject], *, pure: bool = False) -> dict[str, Choice]:
     """The type of every tensor of a file, by name; `subjects` are all its tensors, in the order of `sort_key`."""
-    is_tied = OUTPUT not in subjects
-    return {
-        name: choose_type(recipe, subject, is_head=name == (TOKEN_EMBD if is_tied else OUTPUT) and not pure)
-        for name, subject in subjects.items()
-    }
+    special = {} if pure else _special_types(recipe, subjects)
+    return {name: _choose_type(special.get(name, recipe.base), subject) for name, subject in subjects.items()}
 
 
-def choose_type(recipe: Recipe, subject: Subject, *, is_head: bool) -> Choice:
-    """The type of one tensor."""
-    if recipe.base is None or recipe.head is None or not is_quantizable(subject):
+def _special_types(recipe: Recipe, subjects: Mapping[str, Subject]) -> dict[str, GGMLType]:
+    """Of the tensors that do not take the base type, by name."""
+    found = {TOKEN_EMBD if OUTPUT not in subjects else OUTPUT: recipe.head} if recipe.head is not None else {}
+    for upgrade in recipe.upgrades:
+        of_part = [name for name in subjects if re.fullmatch(rf"blk\.\d+\.{upgrade.part}\.weight", name)]
+        for i, name in enumerate(of_part):
+            if upgrade.applies(i, len(of_part)):
+                found[name] = upgrade.ggml_type
+    return found
+
+
+def _choose_type(wanted: GGMLType | None, subject: Subject) -> Choice:
+    """The type of one tensor that is to have the `wanted` one, if any."""
+    if wanted is None or not is_quantizable(subject):
         return Choice(subject.ggml_type, subject.ggml_type)
-    wanted = recipe.head if is_head else recipe.base
     n_per_row, ggml_type = subject.shape[-1], wanted
     if n_per_row % TRAITS[ggml_type].block_size:
         ggml_type = FALLBACK.get(ggml_type, ggml_type)

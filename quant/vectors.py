@@ -133,11 +133,23 @@ bits = _unary(_as("i32"), lambda builder, v, to: builder.bitcast(v, to))
 as_float = _unary(_as("f32"), lambda builder, v, to: builder.bitcast(v, to))
 # float32 -> int32 towards zero; the value must fit
 truncated = _unary(_as("i32"), lambda builder, v, to: builder.fptosi(v, to))
+# int32 -> float32
+whole = _unary(_as("f32"), lambda builder, v, to: builder.sitofp(v, to))
 # int32 -> its low byte
 low_byte = _unary(_as("i8"), lambda builder, v, to: builder.trunc(v, to))
 # mask of 32 lanes -> int32, lane i in bit i
 mask_bits = _unary(lambda mask: types.int32, lambda builder, v, to: builder.bitcast(v, to))
 low_half, high_half = _half(first=True), _half(first=False)
+
+
+@intrinsic
+def square_root(typingctx: Any, v: Any) -> Any:
+    """Of each lane, correctly rounded."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return call_llvm(builder, f"llvm.sqrt.v{v.lanes}f32", args[0].type, args[0])
+
+    return v(v), codegen
 
 
 @vector_op(f32x16, types.float32)

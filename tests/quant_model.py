@@ -63,15 +63,19 @@ SHAPES = {
     "odd": Shape(48, 80, 4, (2, 0)),  # neither: F16
     "one_row": Shape(64, 1, 2, (0, 1)),  # ffn_gate and ffn_up have one row, ffn_down rows of one element
     "deep": Shape(64, 96, 2, (0,) * 11 + (1, 0)),  # layers 10, 11, 12 sort behind 9
+    "layers": Shape(256, 256, 4, (0, 2) * 6),  # of which some get more bits in the K-quants
     "extra": Shape(64, 96, 2, (0, 1), extra={"adapter.weight": (32, 64), "blk.1.adapter_norm.weight": (2, 64)}),
 }
-ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
+K_FILES = ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *K_FILES, "Q6_K", "Q8_0")
+OTHER_SHAPES = [shape for shape in SHAPES if shape not in ("plain", "layers")]
 CASES = [
     *(Case("plain", "F32", target) for target in (*ENCODED, "F16", "BF16", "F32", "COPY")),
     *(Case("plain", "F32", target, pure=True) for target in ENCODED),
     *(Case("plain", source, target) for source in ("F16", "BF16") for target in ("Q4_0", "Q8_0", "F32", "F16", "BF16")),
     *(Case("plain", source, target) for source in ENCODED for target in ("Q4_0", "Q6_K", "F16")),
-    *(Case(shape, "F32", target) for shape in SHAPES if shape != "plain" for target in ("Q4_0", "Q8_0", "Q6_K", "F16")),
+    *(Case(shape, "F32", target) for shape in OTHER_SHAPES for target in ("Q4_0", "Q8_0", "Q6_K", "Q4_K_M", "F16")),
+    *(Case("layers", "F32", target) for target in K_FILES),
     Case("untied", "F32", "Q4_0", pure=True),
 ]
 

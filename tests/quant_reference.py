@@ -1,4 +1,4 @@
-"""Q6_K written plainly in NumPy, one sub-block after the other: the oracle of the kernel, since gguf.quants has none.
+"""The K-quants written plainly in NumPy, a sub-block after the other: the kernels' oracle, as gguf.quants has none.
 
 Every operation is float32 and in ggml's order; sums run over the elements one by one.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2cpp.ggml import block_q6_K
+from lfm2cpp.ggml import block_q4_K, block_q5_K, block_q6_K
 
 F = np.float32
 F32 = NDArray[np.float32]
@@ -58,4 +58,91 @@ def quantize_q6_K(x: F32) -> bytes:
     block["ql"] = (quarters[:, :2] & 15 | quarters[:, 2:] << 4).reshape(128)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, :, None]
     block["qh"] = np.bitwise_or.reduce(quarters >> 4 << shifts, axis=1).reshape(64)
+    return block.tobytes()
+
+
+def in_order(v: F32) -> np.float32:
+    """The sum, an element after the other."""
+    return np.cumsum(v, dtype=np.float32)[-1]
+
+
+def nearest_int(v: np.ndarray) -> np.ndarray:
+    """ggml's nearest_int: what is out of its range becomes 0 or less."""
+    return ((v + F(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
+
+
+def affine_search(x: F32, n_max: int, first_shift: float, n_steps: int) -> tuple[np.float32, np.float32, np.ndarray]:
+    """(scale, minimum, levels) of 32 elements, x = scale * level - minimum; errors weighted by rms + |x|."""
+    w = np.sqrt(in_order(x * x) / F(32)) + np.abs(x)
+    low, high = min(x.min(), F(0)), x.max()
+    if low == high:
+        return F(0), -low, np.zeros(32, np.int32)
+
+    def levels_of(inverse: np.float32) -> np.ndarray:
+        return np.clip(nearest_int(inverse * (x - low)), 0, n_max)
+
+    def error_of(scale: np.float32, levels: np.ndarray, low: np.float32) -> np.float32:
+        difference = scale * levels.astype(np.float32) + low - x
+        return in_order(w * (difference * difference))
+
+    inverse = F(n_max) / (high - low)
+    scale, kept = F(1) / inverse, levels_of(inverse)
+    best = error_of(scale, kept, low)
+    sum_w, sum_x = in_order(w), in_order(w * x)
+    for step in range(n_steps + 1):
+        levels = levels_of((F(first_shift) + F(0.1) * F(step) + F(n_max)) / (high - low))
+        q = levels.astype(np.float32)
+        sum_l, sum_l2, sum_xl = in_order(w * q), in_order(w * q * q), in_order(w * q * x)
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        if not determinant > 0:
+            continue
+        new_scale, new_low = (sum_w * sum_xl - sum_x * sum_l) / determinant, (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        if new_low > 0:
+            new_scale, new_low = sum_xl / sum_l2, F(0)
+        error = error_of(new_scale, levels, new_low)
+        if error < best:
+            best, scale, low, kept = error, new_scale, new_low, levels
+    return scale, -low, kept
+
+
+def six_bits(values: F32) -> tuple[np.float16, np.ndarray]:
+    """(what one step is, multiples 0 .. 63 of it)"""
+    top = max(F(0), *values)
+    inverse = F(63) / top if top > 0 else F(0)
+    return np.float16(top / F(63)), np.minimum(nearest_int(inverse * values) & 255, 63).astype(np.uint8)
+
+
+def quantize_sub_blocks(x: F32, block: np.ndarray, n_max: int, first_shift: float, n_steps: int) -> np.ndarray:
+    """Fill what Q4_K and Q5_K have in common, but for the nibbles; levels (8, 32)."""
+    found = [affine_search(part, n_max, first_shift, n_steps) for part in x.reshape(8, 32)]
+    levels = np.array([part for _, _, part in found])
+    block["d"], scales = six_bits(np.array([scale for scale, _, _ in found], np.float32))
+    block["dmin"], minima = six_bits(np.array([minimum for _, minimum, _ in found], np.float32))
+    for j in range(8):
+        step = block["d"].astype(np.float32) * F(scales[j])
+        minimum = block["dmin"].astype(np.float32) * F(minima[j])
+        if step:
+            levels[j] = np.clip(nearest_int((x[32 * j : 32 * j + 32] + minimum) / step), 0, n_max)
+        block["scales"][j % 4] |= scales[j] >> 4 << 6 if j > 3 else scales[j]
+        block["scales"][4 + j % 4] |= minima[j] >> 4 << 6 if j > 3 else minima[j]
+        if j > 3:
+            block["scales"][4 + j] = scales[j] & 15 | (minima[j] & 15) << 4
+    return levels.astype(np.uint8)
+
+
+def quantize_q4_K(x: F32) -> bytes:
+    """256 elements -> one block."""
+    block = np.zeros((), block_q4_K)
+    pairs = quantize_sub_blocks(x, block, 15, -1.0, 20).reshape(4, 2, 32)
+    block["qs"] = (pairs[:, 0] | pairs[:, 1] << 4).reshape(128)
+    return block.tobytes()
+
+
+def quantize_q5_K(x: F32) -> bytes:
+    """256 elements -> one block."""
+    block = np.zeros((), block_q5_K)
+    levels = quantize_sub_blocks(x, block, 31, -0.5, 15)
+    pairs = (levels & 15).reshape(4, 2, 32)
+    block["qs"] = (pairs[:, 0] | pairs[:, 1] << 4).reshape(128)
+    block["qh"] = np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=0)
     return block.tobytes()

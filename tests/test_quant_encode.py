@@ -1,4 +1,4 @@
-"""The row encoders: equal to gguf.quants where that is right, to a plain twin for Q6_K, and lawful everywhere."""
+"""The row encoders: equal to gguf.quants where that is right, to plain twins for K-quants, and lawful everywhere."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from quant_model import N_KINDS, hard_row
-from quant_reference import quantize_q6_K
+from quant_reference import quantize_q4_K, quantize_q5_K, quantize_q6_K
 
 from lfm2cpp.ggml import TRAITS, GGMLType, row_nbytes
 from quant import encode
 from quant.encode import ENCODABLE, KERNELS, EncodingError, decode_rows, encode_rows
 
-LEGACY = [t for t in KERNELS if t != GGMLType.Q6_K]
-AFFINE = [GGMLType.Q4_1, GGMLType.Q5_1]
+TWINS = {GGMLType.Q4_K: quantize_q4_K, GGMLType.Q5_K: quantize_q5_K, GGMLType.Q6_K: quantize_q6_K}
+LEGACY = [t for t in KERNELS if t not in TWINS]
+SUB_BLOCKS = [GGMLType.Q4_K, GGMLType.Q5_K]
+AFFINE = [GGMLType.Q4_1, GGMLType.Q5_1, *SUB_BLOCKS]
 # What one level spans at most, as a share of the block's largest magnitude (affine types: of max - min).
-LEVEL = {"Q8_0": 1 / 127, "Q4_0": 1 / 8, "Q5_0": 1 / 16, "Q4_1": 1 / 15, "Q5_1": 1 / 31, "Q6_K": 1 / 29}
+LEVEL = {
+    "Q8_0": 1 / 127, "Q4_0": 1 / 8, "Q5_0": 1 / 16, "Q4_1": 1 / 15, "Q5_1": 1 / 31, "Q4_K": 1 / 13, "Q5_K": 1 / 29,
+    "Q6_K": 1 / 29,
+}  # fmt: skip
 # Levels times scales: how often the scale of the block, a half with an error of up to 2^-25, is taken at most.
-MULTIPLES = {"Q8_0": 127, "Q4_0": 8, "Q5_0": 16, "Q4_1": 16, "Q5_1": 32, "Q6_K": 32 * 128}
+MULTIPLES = {
+    "Q8_0": 127, "Q4_0": 8, "Q5_0": 16, "Q4_1": 16, "Q5_1": 32, "Q4_K": 16 * 63, "Q5_K": 32 * 63, "Q6_K": 32 * 128,
+}  # fmt: skip
 
 
 def oracle(rows: np.ndarray, ggml_type: GGMLType) -> np.ndarray:
@@ -90,19 +97,30 @@ def test_zeros_and_overflowing_inverses_as_in_llama_cpp(name, values, head):
     assert encode_rows(row, GGMLType[name]).tobytes()[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("ggml_type", TWINS, ids=lambda t: t.name)
 @settings(max_examples=60, deadline=None)
 @given(row=blocks())
-def test_any_q6_K_block_equals_the_plain_twin(row):
+def test_any_block_equals_the_plain_twin(ggml_type, row):
     with np.errstate(all="ignore"):
-        expected = quantize_q6_K(row[0])
-    assert encode_rows(row, GGMLType.Q6_K).tobytes() == expected
+        expected = TWINS[ggml_type](row[0])
+    assert encode_rows(row, ggml_type).tobytes() == expected
 
 
-def test_hard_q6_K_rows_equal_the_plain_twin():
+@pytest.mark.parametrize("ggml_type", TWINS, ids=lambda t: t.name)
+def test_hard_rows_equal_the_plain_twin(ggml_type):
     rows = hard_rows(repeats=2)
     with np.errstate(all="ignore"):
-        expected = b"".join(quantize_q6_K(row) for row in rows)
-    assert encode_rows(rows, GGMLType.Q6_K).tobytes() == expected
+        expected = b"".join(TWINS[ggml_type](row) for row in rows)
+    assert encode_rows(rows, ggml_type).tobytes() == expected
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("ggml_type", TWINS, ids=lambda t: t.name)
+def test_any_number_of_blocks(ggml_type, n_blocks):
+    """Two at a time where lanes are the sub-blocks of two."""
+    row = hard_rows(1280, 1)[:, : 256 * n_blocks]
+    blocks = encode_rows(row.reshape(-1, 256), ggml_type)
+    assert encode_rows(np.ascontiguousarray(row), ggml_type).tobytes() == blocks.tobytes()
 
 
 @pytest.mark.parametrize("ggml_type", KERNELS, ids=lambda t: t.name)
@@ -113,10 +131,13 @@ def test_error_is_bounded(ggml_type, row):
     size, name = 16 if ggml_type == GGMLType.Q6_K else 32, ggml_type.name
     groups = row.reshape(-1, size)
     largest = np.abs(groups).max(-1)
-    spread = groups.max(-1) - groups.min(-1) if ggml_type in AFFINE else largest
+    lowest = np.minimum(groups.min(-1), 0) if ggml_type in SUB_BLOCKS else groups.min(-1)
+    spread = groups.max(-1) - lowest if ggml_type in AFFINE else largest
     limit = LEVEL[name] * spread + MULTIPLES[name] * 2.0**-25 + largest * 2.0**-10
     if ggml_type == GGMLType.Q6_K:  # a sub-block's scale is one of 128 fractions of the largest
         limit += np.abs(row).max() / 200
+    if ggml_type in SUB_BLOCKS:  # scales and minima are one of 64 fractions of the largest, of up to 2 max and max
+        limit += 3 * np.abs(row).max() / 126
     back = decode_rows(encode_rows(row, ggml_type), ggml_type, row.shape[1])
     assert (np.abs(back.reshape(-1, size) - groups).max(-1) <= limit).all()
 
@@ -156,6 +177,7 @@ def test_nonfinite_is_found(ggml_type, value, column):
 
 @pytest.mark.parametrize(("name", "value"), [
     ("Q8_0", 65520 * 127), ("Q4_0", 65520 * 8), ("Q5_0", 65520 * 16), ("Q4_1", -65520), ("Q5_1", 65520 * 31),
+    ("Q4_K", 65520 * 15 * 63 * 1.1), ("Q4_K", -65520 * 63), ("Q5_K", 65520 * 31 * 63 * 1.1), ("Q5_K", -65520 * 63),
     ("Q6_K", 65520 * 32 * 128 * 1.1), ("F16", 65520), ("BF16", 3.4e38),
 ])  # fmt: skip
 def test_largest_value_that_fits(name, value):

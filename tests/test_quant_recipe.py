@@ -8,13 +8,15 @@ from lfm2cpp.arch import iter_tensors, lfm2
 from lfm2cpp.errors import UsageError
 from lfm2cpp.ggml import FileType, GGMLType
 from quant.encode import ENCODABLE
-from quant.recipe import RECIPES, Subject, choose_type, choose_types, file_shape, find_recipe, is_quantizable, sort_key
+from quant.recipe import ALIASES, RECIPES, Subject, choose_types, file_shape, find_recipe, is_quantizable, sort_key
 
 
-def subjects(n_embd=1024, n_ff=4608, tied=True, source=GGMLType.BF16, **extra) -> dict[str, Subject]:
+def subjects(
+    n_embd=1024, n_ff=4608, tied=True, source=GGMLType.BF16, n_head_kv=(0, 8, 0), **extra
+) -> dict[str, Subject]:
     hp = lfm2.HParams(
-        n_vocab=65536, n_ctx_train=128000, n_embd=n_embd, n_layer=3, n_ff=n_ff, n_head=n_embd // 64,
-        n_head_kv=(0, 8, 0), l_cache=3, norm_rms_eps=1e-5, rope_freq_base=1e6,
+        n_vocab=65536, n_ctx_train=128000, n_embd=n_embd, n_layer=len(n_head_kv), n_ff=n_ff, n_head=n_embd // 64,
+        n_head_kv=n_head_kv, l_cache=3, norm_rms_eps=1e-5, rope_freq_base=1e6,
     )  # fmt: skip
     entries = [e for e in iter_tensors(lfm2, hp) if not (e.spec.optional and tied)]
     found = {e.name: Subject(e.name, e.shape, source if e.quantizable else GGMLType.F32, e) for e in entries}
@@ -43,18 +45,48 @@ def test_types_of_a_file_type(name, base, head, pure, tied):
         assert found == ("F32" if is_small else head if is_head and not pure else base), tensor
 
 
+# lfm2-facts, 3.3, read from files that llama-quantize wrote; attn_v is counted over the layers that have one.
+@pytest.mark.parametrize(("n_layer", "n_attention", "ffn_down", "attn_v"), [
+    (16, 6, {0, 1, 4, 7, 10, 13, 14, 15}, {2, 5}),
+    (14, 6, {0, 3, 6, 9, 12, 13}, {2, 5}),
+    (30, 8, {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29}, {0, 3, 6, 7}),
+    (30, 10, {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29}, {0, 3, 6, 8, 9}),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q5_K_M"])
+def test_layers_that_get_more_bits(name, n_layer, n_attention, ffn_down, attn_v):
+    base, n_head_kv = name[:4], (0,) * (n_layer - n_attention) + (8,) * n_attention
+    found = types(name, n_head_kv=n_head_kv)
+    for part, layers, n in (("ffn_down", ffn_down, n_layer), ("attn_v", attn_v, n_attention)):
+        of_part = [found[f"blk.{n_layer - n + i}.{part}.weight"] for i in range(n)]
+        assert of_part == ["Q6_K" if i in layers else base for i in range(n)]
+    assert found["token_embd.weight"] == "Q6_K" and found["blk.0.ffn_up.weight"] == base
+    assert set(types(name, pure=True, n_head_kv=n_head_kv).values()) == {base, "F32"}
+
+
+def test_small_k_files():
+    found = types("Q4_K_S", n_head_kv=(8,) * 6 + (0,) * 10)
+    assert [found[f"blk.{i}.attn_v.weight"] for i in range(6)] == ["Q5_K"] * 4 + ["Q4_K"] * 2
+    assert [found[f"blk.{i}.ffn_down.weight"] for i in range(16)] == ["Q5_K"] * 2 + ["Q4_K"] * 14
+    assert set(types("Q5_K_S").values()) == {"Q5_K", "Q6_K", "F32"}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases(alias):
+    assert find_recipe(alias.lower()) is RECIPES[ALIASES[alias]]
+
+
 def test_copy_keeps_every_type():
     assert set(types("COPY", source=GGMLType.Q5_1).values()) == {"Q5_1", "F32"}
 
 
 @pytest.mark.parametrize(("n", "fits"), [
     (1024, {"Q4_0": "Q4_0", "Q8_0": "Q8_0", "Q6_K": "Q6_K"}),
-    (96, {"Q4_0": "Q4_0", "Q8_0": "Q8_0", "Q6_K": "Q8_0"}),  # whole blocks of 32 only
-    (80, {"Q4_0": "F16", "Q8_0": "F16", "Q6_K": "F16", "BF16": "BF16"}),  # none
+    (96, {"Q4_0": "Q4_0", "Q8_0": "Q8_0", "Q6_K": "Q8_0", "Q4_K_S": "Q5_0", "Q5_K_S": "Q5_1"}),  # whole blocks of 32 only
+    (80, {"Q4_0": "F16", "Q8_0": "F16", "Q6_K": "F16", "Q4_K_S": "F16", "BF16": "BF16"}),  # none
 ])  # fmt: skip
 def test_fallback_where_rows_are_not_whole_blocks(n, fits):
     for name, expected in fits.items():
-        choice = choose_type(find_recipe(name), subjects(n_ff=n)["blk.0.ffn_down.weight"], is_head=False)
+        choice = choose_types(find_recipe(name), subjects(n_ff=n))["blk.1.ffn_down.weight"]
         assert choice.ggml_type.name == expected
         assert choice.fell_back == (expected != name)
 
@@ -99,7 +131,7 @@ def test_a_type_is_found_in_any_case_and_by_number(name):
         assert {recipe.base, recipe.head} <= set(ENCODABLE)
 
 
-@pytest.mark.parametrize("name", ["", "Q9_9", "4", "-1", "q4_0 ", "02", "Q4_K_M"])
+@pytest.mark.parametrize("name", ["", "Q9_9", "4", "-1", "q4_0 ", "02", "Q3_K_M"])
 def test_an_unknown_type_lists_the_known(name):
     with pytest.raises(UsageError, match=" ".join(RECIPES)):
         find_recipe(name)
