@@ -139,8 +139,8 @@ def name_of(path: Path) -> str:
 
 
 def decode(c: Comparison) -> Iterator[dict[str, Any]]:
-    models = [("350M", "Q4_0"), ("350M", "Q4_0-pure"), ("350M", "Q8_0"), ("350M", "BF16"), ("350M", "F16"),
-              ("1.2B", "Q4_0"), ("1.2B", "Q8_0")]  # fmt: skip
+    models = [("350M", "Q4_0"), ("350M", "Q4_0-pure"), ("350M", "Q8_0"), ("350M", "Q4_K_M"), ("350M", "Q5_K_M"),
+              ("350M", "BF16"), ("350M", "F16"), ("1.2B", "Q4_0"), ("1.2B", "Q8_0")]  # fmt: skip
     t = c.args.threads
     yield from c.compare([Case(c.model(*m), t, n_gen=(128,)) for m in models])
     if t > 1:
@@ -149,7 +149,8 @@ def decode(c: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def prefill(c: Comparison) -> Iterator[dict[str, Any]]:
-    models = [("350M", "Q4_0"), ("350M", "Q8_0"), ("350M", "BF16"), ("350M", "F16"), ("1.2B", "Q4_0"), ("1.2B", "Q8_0")]
+    models = [("350M", "Q4_0"), ("350M", "Q8_0"), ("350M", "Q4_K_M"), ("350M", "Q5_K_M"), ("350M", "BF16"),
+              ("350M", "F16"), ("1.2B", "Q4_0"), ("1.2B", "Q8_0")]  # fmt: skip
     t = c.args.threads
     yield from c.compare([Case(c.model(*m), t, n_prompt=(512,)) for m in models])
     yield from c.compare([Case(c.model("350M", "Q4_0"), t, n_prompt=(16, 64, 333, 2048))])

@@ -30,6 +30,8 @@ FILES = {
     "Q8_0": ("Q8_0", False),
     "Q4_0": ("Q4_0", False),  # with its Q6_K embedding
     "Q4_0-pure": ("Q4_0", True),
+    "Q4_K_M": ("Q4_K_M", False),
+    "Q5_K_M": ("Q5_K_M", False),
     "Q6_K": ("Q6_K", True),
 }
 

@@ -23,7 +23,10 @@ from lfm2cpp.text.vocab import CONTROL, NORMAL, UNUSED, byte_symbols
 from .random_blocks import RANDOM_TYPES, random_chunks
 from .shapes import Shape
 
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_0-pure", "Q4_1", "Q4_1-pure", "Q6_K")
+TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_0-pure", "Q4_1", "Q4_1-pure", "Q4_K_M", "Q4_K_M-pure", "Q5_K_M",
+    "Q5_K_M-pure", "Q6_K",
+)  # fmt: skip
 SPECIALS = (
     "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|fim_pre|>", "<|fim_mid|>", "<|fim_suf|>", "<|im_start|>",
     "<|im_end|>", "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>", "<|tool_call_end|>",
