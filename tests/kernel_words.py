@@ -50,6 +50,7 @@ def float_words(x, out):
     simd.store_f32(out + 5 * ROW, simd.maximum(a, b))
     simd.store_f32(out + 6 * ROW, simd.minimum(a, b))
     simd.store_f32(out + 7 * ROW, simd.absolute(a))
+    simd.store_f32(out + 22 * ROW, simd.negative(a))
     simd.store_f32(out + 8 * ROW, simd.add_exponent(a, n))
     simd.store_f32(out + 9 * ROW, simd.to_f32(n))
     simd.store_i32(out + 10 * ROW, simd.product_to_i32(a, b))
@@ -167,9 +168,9 @@ def gather_words(far, out):
         simd.store_f32(out + (6 + 2 * i) * ROW, first)
         simd.store_f32(out + (7 + 2 * i) * ROW, second)
     for half in range(2):
-        scales, minima = simd.gather_6_bits(far, 144, half)
-        simd.store_i32(out + (12 + 2 * half) * ROW, scales)
-        simd.store_i32(out + (13 + 2 * half) * ROW, minima)
+        scales, minima = simd.gather_sub_blocks(far, 144, half)
+        simd.store_f32(out + (12 + 2 * half) * ROW, scales)
+        simd.store_f32(out + (13 + 2 * half) * ROW, minima)
 
 
 @kernel

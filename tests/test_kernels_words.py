@@ -72,7 +72,7 @@ def halving_sum(x: NDArray[np.float32]) -> np.float32:
 def test_float_words() -> None:
     a, b, c = floats(0), floats(1), floats(2)
     n = np.random.default_rng(3).integers(-20, 20, W).astype(np.int32)
-    found = say("float_words", 22, x=rows(a, b, c, n))
+    found = say("float_words", 23, x=rows(a, b, c, n))
     fused = (a.astype(np.float64) * b + c).astype(np.float32) if HAS_FMA else a * b + c
     whole = np.rint(a.astype(np.float64) * b if HAS_FMA else a * b)
     kept = [np.where(np.arange(W) < k, a, np.float32(-7)) for k in (3, -5, 1000)]
@@ -89,6 +89,7 @@ def test_float_words() -> None:
     assert found[17][:4].view(np.float32)[0] == (once if HAS_FMA else np.float32(3) * np.float32(0.1) - np.float32(0.3))
     check(found[18], n.view(np.float32))
     check(found[21], np.where(a > b, b, c))
+    check(found[22], -a)
     np.testing.assert_array_equal(found[19][: 4 * W].view(np.float32), a - np.rint(a))
     np.testing.assert_allclose(found[20][: 4 * W].view(np.float32), 1 / (np.abs(a.astype(np.float64)) + 1), rtol=2e-7)
 
@@ -97,8 +98,8 @@ def test_nan_in_maximum_and_minimum() -> None:
     """The second one where one of the two is NaN: what softmax, exp and quantizing rely on."""
     nan, a = np.full(W, np.nan, np.float32), floats(0)
     zero = np.zeros(W, np.int32)
-    assert say("float_words", 22, x=rows(nan, a, a, zero))[5][: 4 * W].view(np.float32).tolist() == a.tolist()
-    found = say("float_words", 22, x=rows(a, nan, a, zero))
+    assert say("float_words", 23, x=rows(nan, a, a, zero))[5][: 4 * W].view(np.float32).tolist() == a.tolist()
+    found = say("float_words", 23, x=rows(a, nan, a, zero))
     assert np.isnan(found[5][: 4 * W].view(np.float32)).all() and np.isnan(found[6][: 4 * W].view(np.float32)).all()
     check(found[21], a)  # neither is greater
 
@@ -106,7 +107,7 @@ def test_nan_in_maximum_and_minimum() -> None:
 def test_rounding_is_to_nearest_even() -> None:
     a = np.resize(np.float32([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 4194302.5]), W)
     one = np.ones(W, np.float32)
-    found = say("float_words", 22, x=rows(a, one, a, np.zeros(W, np.int32)))
+    found = say("float_words", 23, x=rows(a, one, a, np.zeros(W, np.int32)))
     check(found[10], np.rint(a).astype(np.int32))
     np.testing.assert_array_equal(found[19][: 4 * W].view(np.float32), a - np.rint(a))
 
@@ -247,9 +248,11 @@ def test_gathers_of_halves() -> None:
         check(found[7 + 2 * i], data.view(np.int8)[i + 1 : 4 * W : 4].astype(np.float32))
     headers = np.stack([data[144 * i + 4 : 144 * i + 16] for i in range(-(-W // 8))])
     for place, numbers in enumerate(gguf.quants.Q4_K.get_scale_min(headers)):
-        for half in range(2):
-            first = 4 * half if W == 4 else 0
-            check(found[12 + 2 * half + place], numbers.reshape(-1)[first : first + W].astype(np.int32))
+        units = np.array([[half(144 * i + 2 * place)] for i in range(len(headers))])
+        for part in range(2):
+            first = 4 * part if W == 4 else 0
+            expected = (units * numbers.astype(np.float32)).reshape(-1)[first : first + W]
+            check(found[12 + 2 * part + place], expected)
 
 
 def test_transpose_square() -> None:

@@ -22,6 +22,7 @@ from .arithmetic import (
     low_nibbles,
     maximum,
     minimum,
+    negative,
     nibbles_by_piece,
     product_to_i32,
     reciprocal,
@@ -33,11 +34,11 @@ from .arithmetic import (
     where_greater,
 )
 from .gather import (
-    gather_6_bits,
     gather_f16,
     gather_i8_pairs,
     gather_pieces,
     gather_pieces_2,
+    gather_sub_blocks,
     make_gather_f16,
     repeat_f16,
 )

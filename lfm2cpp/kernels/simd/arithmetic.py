@@ -72,6 +72,11 @@ def absolute(builder, a):
     return call_llvm(builder, f"llvm.fabs.v{W}f32", F32_VECTOR, a)
 
 
+@vector_op(f32, f32)
+def negative(builder, a):
+    return builder.fneg(a)
+
+
 @vector_op(f32, i32)
 def to_f32(builder, a):
     """int32 -> float32"""

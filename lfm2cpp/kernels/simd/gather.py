@@ -76,22 +76,25 @@ def _six_bits(builder, words, first, last, shifts):
     return builder.or_(lower, upper)
 
 
-@vector_op(types.UniTuple(i32, 2), int64, int64, int64)
-def gather_6_bits(builder, address, stride, half):
-    """Lane i: scale i % 8 of Q4_K and Q5_K, whose block is at address + (i // 8) * stride; and its minimum
+@vector_op(types.UniTuple(f32, 2), int64, int64, int64)
+def gather_sub_blocks(builder, address, stride, half):
+    """Lane i, of sub-block i % 8 of the Q4_K or Q5_K block at address + (i // 8) * stride: d * scale and dmin * min
 
     With four lanes, those of the given half of the block.
     """
     four = ir.VectorType(I32, 4)
     blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(-(-W // 8))]
-    words = side_by_side(builder, blocks)  # of a block: scales of the scales, then 12 bytes of 6-bit numbers
-    result = ir.Constant(ir.ArrayType(I32_VECTOR, 2), ir.Undefined)
+    words = side_by_side(builder, blocks)  # of a block: d and dmin, then 12 bytes of 6-bit numbers
+    n = words.type.count
+    floats = half_to_float(builder, builder.bitcast(words, ir.VectorType(HALF, 2 * n)), ir.VectorType(FLOAT, 2 * n))
+    result = ir.Constant(ir.ArrayType(F32_VECTOR, 2), ir.Undefined)
     for place, (first, shifts) in enumerate(((1, [0, 8, 16, 24]), (2, [4, 12, 20, 28]))):
         lanes = _six_bits(builder, words, first, 3, shifts)
         if W == 4:
             halves = [shuffle(builder, lanes, lanes, list(range(i, i + 4))) for i in (4, 0)]
             lanes = builder.select(builder.trunc(half, ir.IntType(1)), *halves)
-        result = builder.insert_value(result, lanes, place)
+        unit = shuffle(builder, floats, floats, [i // 8 * 8 + place for i in range(W)])
+        result = builder.insert_value(result, builder.fmul(unit, builder.uitofp(lanes, F32_VECTOR)), place)
     return result
 
 

@@ -33,7 +33,7 @@ OFFSET = 0
 N_SUMS = 1
 QS = 16  # offset of the nibbles in a block
 PREPARED = prepared_bytes(BLOCK_BYTES)
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4)
 row_group, add_group = make_row_group(BLOCK_BYTES), make_add_group(BLOCK_BYTES)
 prepare_rows, block_scales = make_prepare(BLOCK_BYTES)
 finish_block = scale_and_add_block

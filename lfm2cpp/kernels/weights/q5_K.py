@@ -36,7 +36,7 @@ OFFSET = 0
 N_SUMS = 1
 QH, QS = 16, 48  # offsets in a block: the fifth bits, the nibbles
 PREPARED, PREPARED_QS = prepared_bytes(BLOCK_BYTES), QS - QH
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4)
 row_group, add_group = make_row_group(BLOCK_BYTES), make_add_group(BLOCK_BYTES)
 prepare_rows, block_scales = make_prepare(BLOCK_BYTES)
 finish_block = scale_and_add_block

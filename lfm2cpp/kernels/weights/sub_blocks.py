@@ -16,16 +16,15 @@ from lfm2cpp.kernels.simd import (
     W,
     bytes_,
     fma,
-    gather_6_bits,
     gather_f16,
+    gather_sub_blocks,
     high_nibbles,
     i8_of_lanes,
     load_f32,
     load_i32,
     low_nibbles,
     make_store_apart,
-    repeat_f16,
-    splat_f32,
+    negative,
     splat_u8,
     store_f32,
     to_f32,
@@ -41,7 +40,7 @@ store_quads = make_store_apart(4, bytes_)
 @device
 def half_of_group(g):
     """Which half of a block group g is for W = 4; a group of more lanes is whole blocks"""
-    return (g * W // 4) % 2
+    return g % 2 if W == 4 else 0
 
 
 def make_row_group(block_bytes: int) -> Any:
@@ -58,12 +57,10 @@ def make_add_group(block_bytes: int) -> Any:
 
     @device
     def add_group(acc, sums, w, act, n_groups, g):
-        scales, minima = gather_6_bits(w, block_bytes, half_of_group(g))
+        scale, minimum = gather_sub_blocks(w, block_bytes, half_of_group(g))
         tables = act + g * (4 * W)
-        scale = repeat_f16(w, block_bytes) * to_f32(scales) * load_f32(tables + n_groups * ACT_D)
-        acc = fma(to_f32(sums), scale, acc)
-        minimum = (splat_f32(0.0) - repeat_f16(w + DMIN, block_bytes)) * to_f32(minima)
-        return fma(minimum, load_f32(tables + n_groups * ACT_DS), acc)
+        acc = fma(to_f32(sums), scale * load_f32(tables + n_groups * ACT_D), acc)
+        return fma(negative(minimum), load_f32(tables + n_groups * ACT_DS), acc)
 
     return add_group
 
@@ -94,7 +91,7 @@ def make_prepare(block_bytes: int) -> tuple[Any, Any]:
             numbers = scales & splat_u8(63), more_scales, minima & splat_u8(63), more_minima
             store_quads(out + scales_at, 4 * W, numbers)
             store_f32(out + d_at, gather_f16(block, row_bytes))
-            store_f32(out + d_at + 4 * W, splat_f32(0.0) - gather_f16(block + DMIN, row_bytes))
+            store_f32(out + d_at + 4 * W, negative(gather_f16(block + DMIN, row_bytes)))
         return room
 
     @device
