@@ -1,7 +1,7 @@
 """Time and memory of converting and quantizing beside llama.cpp's tools, whole processes in turn.
 
     python bench/convert_quantize.py 350M [--llama-quantize BUILD/bin/llama-quantize]
-        [--llama-convert LLAMA.CPP/convert_hf_to_gguf.py --llama-python PYTHON] [--types Q4_0,Q8_0,Q6_K] [--rounds 3]
+        [--llama-convert LLAMA.CPP/convert_hf_to_gguf.py --llama-python PYTHON] [--types Q4_0,Q8_0,Q4_K_M,Q6_K] [--rounds 3]
 
 Checkpoints have random weights and a made-up vocabulary of the real size and are made once, below --dir. The numbers go
 to bench/results.json and into bench/results.md. Outputs of both sides are compared byte for byte on the way.
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--llama-quantize", type=Path)
     parser.add_argument("--llama-convert", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that can run it")
-    parser.add_argument("--types", default="Q4_0,Q8_0,Q6_K")
+    parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K_M,Q6_K")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dir", type=Path, default=ROOT / "bench-data")
