@@ -1,7 +1,7 @@
 """Time and memory of converting and quantizing beside llama.cpp's tools, whole processes in turn.
 
     python bench/convert_quantize.py 350M [--llama-quantize BUILD/bin/llama-quantize]
-        [--llama-convert LLAMA.CPP/convert_hf_to_gguf.py --llama-python PYTHON] [--types Q4_0,Q8_0,Q4_K_M,Q6_K] [--rounds 3]
+        [--llama-convert LLAMA.CPP/convert_hf_to_gguf.py --llama-python PYTHON] [--types Q4_0,Q8_0] [--rounds 3]
 
 Checkpoints have random weights and a made-up vocabulary of the real size and are made once, below --dir. The numbers go
 to bench/results.json and into bench/results.md. Outputs of both sides are compared byte for byte on the way.

@@ -32,8 +32,8 @@ from .vectors import (
     square_root,
     stack,
     store,
+    to_f32,
     truncated,
-    whole,
 )
 
 GROUP_MAX_EPS = np.float32(1e-15)  # ggml's: what is below it everywhere counts as zero
@@ -173,7 +173,7 @@ def quantize_blocks_q6_K(src, dst, n_blocks, bad):
 
 @device
 def nearest_int(v):
-    """As int32, by ggml's bits: what is too large for them, infinite or NaN comes out as 0 or less"""
+    """As int32, by ggml's bits, whose results for what is too large, infinite or NaN belong to the format, too"""
     return (bits(v + ROUNDER) & 0x007FFFFF) - 0x00400000
 
 
@@ -184,7 +184,7 @@ def level_of(v, n_max):
 
 @device
 def weights_of(columns, weights):
-    """Root mean square of a sub-block plus |x|, an element after the other; their sum, and that of weight * x"""
+    """Stores weights, the root mean square of a sub-block plus |x|; returns their sum, and that of weight * x"""
     total = splat_16(np.float32(0))
     for i in range(32):
         x = load_f32x16(columns + 64 * i)
@@ -198,6 +198,17 @@ def weights_of(columns, weights):
         sum_w = sum_w + weight
         sum_x = sum_x + weight * x
     return sum_w, sum_x
+
+
+@device
+def weighted_error(columns, weights, n_max, inverse, origin, scale, low):
+    """Of the levels of inverse * (x - origin), as scale * level + low"""
+    error = splat_16(np.float32(0))
+    for i in range(32):
+        x = load_f32x16(columns + 64 * i)
+        difference = scale * to_f32(level_of(inverse * (x - origin), n_max)) + low - x
+        error = error + load_f32x16(weights + 64 * i) * (difference * difference)
+    return error
 
 
 @device
@@ -217,17 +228,13 @@ def affine_search(columns, weights, n_max, first_shift, n_steps):
     sum_w, sum_x = weights_of(columns, weights)
     inverse = np.float32(n_max) / (high - low)
     scale, kept_inverse, origin = np.float32(1) / inverse, inverse, low
-    best = splat_16(np.float32(0))
-    for i in range(32):
-        x = load_f32x16(columns + 64 * i)
-        difference = scale * whole(level_of(inverse * (x - low), n_max)) + low - x
-        best = best + load_f32x16(weights + 64 * i) * (difference * difference)
+    best = weighted_error(columns, weights, n_max, inverse, low, scale, low)
     for step in range(n_steps + 1):
         inverse = (np.float32(first_shift) + np.float32(0.1) * np.float32(step) + np.float32(n_max)) / (high - low)
         sum_l = sum_l2 = sum_xl = splat_16(np.float32(0))
         for i in range(32):
             x, weight = load_f32x16(columns + 64 * i), load_f32x16(weights + 64 * i)
-            level = whole(level_of(inverse * (x - low), n_max))
+            level = to_f32(level_of(inverse * (x - low), n_max))
             weighted = weight * level
             sum_l = sum_l + weighted
             sum_l2 = sum_l2 + weighted * level
@@ -237,11 +244,7 @@ def affine_search(columns, weights, n_max, first_shift, n_steps):
         new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         new_scale = select(new_low > np.float32(0), sum_xl / sum_l2, new_scale)
         new_low = select(new_low > np.float32(0), np.float32(0), new_low)
-        error = splat_16(np.float32(0))
-        for i in range(32):
-            x = load_f32x16(columns + 64 * i)
-            difference = new_scale * whole(level_of(inverse * (x - low), n_max)) + new_low - x
-            error = error + load_f32x16(weights + 64 * i) * (difference * difference)
+        error = weighted_error(columns, weights, n_max, inverse, low, new_scale, new_low)
         better = (determinant > np.float32(0)) & (error < best)
         best = select(better, error, best)
         scale = select(better, new_scale, scale)

@@ -250,5 +250,5 @@ def _stored(gguf: GGUFFile, slab: _Slab) -> U8:
 
 
 def default_output(src: Path, recipe: Recipe) -> Path:
-    """llama-quantize's name for an output that was not named."""
+    """llama-quantize's name for an output that was not named; of an alias it takes what that stands for."""
     return src.with_name(f"ggml-model-{recipe.name}.gguf")

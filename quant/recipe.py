@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("Q5_1", FileType.Q5_1, GGMLType.Q5_1, GGMLType.Q6_K, "6 bits, scale and minimum"),
         Recipe("Q4_K_S", FileType.Q4_K_S, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 5.5 in a few layers", SMALL),
         Recipe("Q4_K_M", FileType.Q4_K_M, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 6.6 in some layers", MEDIUM),
-        Recipe("Q5_K_S", FileType.Q5_K_S, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits throughout"),
+        Recipe("Q5_K_S", FileType.Q5_K_S, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits"),
         Recipe("Q5_K_M", FileType.Q5_K_M, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits, 6.6 in some layers", MEDIUM),
         Recipe("Q6_K", FileType.Q6_K, GGMLType.Q6_K, GGMLType.Q6_K, "6.6 bits"),
         Recipe("Q8_0", FileType.Q8_0, GGMLType.Q8_0, GGMLType.Q8_0, "8.5 bits, next to no loss"),
@@ -126,7 +126,9 @@ def choose_types(recipe: Recipe, subjects: Mapping[str, Subject], *, pure: bool 
 
 def _special_types(recipe: Recipe, subjects: Mapping[str, Subject]) -> dict[str, GGMLType]:
     """Of the tensors that do not take the base type, by name."""
-    found = {TOKEN_EMBD if OUTPUT not in subjects else OUTPUT: recipe.head} if recipe.head is not None else {}
+    if recipe.head is None:
+        return {}
+    found = {TOKEN_EMBD if OUTPUT not in subjects else OUTPUT: recipe.head}
     for upgrade in recipe.upgrades:
         of_part = [name for name in subjects if re.fullmatch(rf"blk\.\d+\.{upgrade.part}\.weight", name)]
         for i, name in enumerate(of_part):

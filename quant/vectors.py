@@ -134,7 +134,7 @@ as_float = _unary(_as("f32"), lambda builder, v, to: builder.bitcast(v, to))
 # float32 -> int32 towards zero; the value must fit
 truncated = _unary(_as("i32"), lambda builder, v, to: builder.fptosi(v, to))
 # int32 -> float32
-whole = _unary(_as("f32"), lambda builder, v, to: builder.sitofp(v, to))
+to_f32 = _unary(_as("f32"), lambda builder, v, to: builder.sitofp(v, to))
 # int32 -> its low byte
 low_byte = _unary(_as("i8"), lambda builder, v, to: builder.trunc(v, to))
 # mask of 32 lanes -> int32, lane i in bit i
@@ -142,14 +142,8 @@ mask_bits = _unary(lambda mask: types.int32, lambda builder, v, to: builder.bitc
 low_half, high_half = _half(first=True), _half(first=False)
 
 
-@intrinsic
-def square_root(typingctx: Any, v: Any) -> Any:
-    """Of each lane, correctly rounded."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return call_llvm(builder, f"llvm.sqrt.v{v.lanes}f32", args[0].type, args[0])
-
-    return v(v), codegen
+# of each lane, correctly rounded
+square_root = _unary(lambda v: v, lambda builder, v, to: call_llvm(builder, f"llvm.sqrt.v{to.count}f32", to, v))
 
 
 @vector_op(f32x16, types.float32)

@@ -168,7 +168,7 @@ def gather_words(far, out):
         simd.store_f32(out + (6 + 2 * i) * ROW, first)
         simd.store_f32(out + (7 + 2 * i) * ROW, second)
     for half in range(2):
-        scales, minima = simd.gather_sub_blocks(far, 144, half)
+        scales, minima = simd.gather_sub_block_scales(far, 144, half)
         simd.store_f32(out + (12 + 2 * half) * ROW, scales)
         simd.store_f32(out + (13 + 2 * half) * ROW, minima)
 

@@ -67,7 +67,7 @@ def in_order(v: F32) -> np.float32:
 
 
 def nearest_int(v: np.ndarray) -> np.ndarray:
-    """ggml's nearest_int: what is out of its range becomes 0 or less."""
+    """ggml's nearest_int, whose bits mean something else where v is 2^22 or more, infinite or NaN."""
     return ((v + F(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
 
 

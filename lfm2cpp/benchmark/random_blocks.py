@@ -66,7 +66,7 @@ _bf16 = _floats(np.uint16, 8, 7)
 
 
 def _scales(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
-    return _f32(bits, n, std).view(np.float32).astype(np.float16)  # of K-quants they are subnormal
+    return _f32(bits, n, std).view(np.float32).astype(np.float16)  # of Q6_K they are subnormal
 
 
 def _uniform_std(n_levels: int) -> float:

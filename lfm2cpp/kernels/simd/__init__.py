@@ -38,7 +38,7 @@ from .gather import (
     gather_i8_pairs,
     gather_pieces,
     gather_pieces_2,
-    gather_sub_blocks,
+    gather_sub_block_scales,
     make_gather_f16,
     repeat_f16,
 )

@@ -77,7 +77,7 @@ def _six_bits(builder, words, first, last, shifts):
 
 
 @vector_op(types.UniTuple(f32, 2), int64, int64, int64)
-def gather_sub_blocks(builder, address, stride, half):
+def gather_sub_block_scales(builder, address, stride, half):
     """Lane i, of sub-block i % 8 of the Q4_K or Q5_K block at address + (i // 8) * stride: d * scale and dmin * min
 
     With four lanes, those of the given half of the block.

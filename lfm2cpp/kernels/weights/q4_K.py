@@ -52,7 +52,8 @@ def dot_group(acc, w, act, n_groups, g, far):
     s2 = dot2_u6(zero, low_nibbles(q2), load_bytes(a + 16 * W), low_nibbles(q3), load_bytes(a + 20 * W))
     ask_3(w, far)
     s3 = dot2_u6(zero, high_nibbles(q2), load_bytes(a + 24 * W), high_nibbles(q3), load_bytes(a + 28 * W))
-    return add_group(acc, sum_pieces_small(s0, s1, s2, s3), w, act, n_groups, g)
+    sums = sum_pieces_small(s0, s1, s2, s3)  # of two lanes: 2 * 8 * 15 * 127 fits 16 bits
+    return add_group(acc, sums, w, act, n_groups, g)
 
 
 @device

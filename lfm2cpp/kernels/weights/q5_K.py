@@ -50,7 +50,7 @@ def _levels(qs, qh, j):
 
 @device
 def _dot(q0, q1, h0, h1, j, a):
-    """The sums of four of sub-block j of every half"""
+    """Sub-block j of every piece's half block: 8 products a lane"""
     low, high = _levels(q0, h0, j), _levels(q1, h1, j)
     return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
 
@@ -59,7 +59,7 @@ def _dot(q0, q1, h0, h1, j, a):
 def dot_group(acc, w, act, n_groups, g, far):
     half = half_of_group(g)
     qh, qs, a = w + QH, w + QS + 64 * half, act + g * (32 * W)
-    # Of a half's four sub-blocks: four bits of every byte.
+    # The fifth bits of a half's four sub-blocks, in the low four bits of every byte.
     h0 = nibbles_by_piece(gather_pieces_2(qh, 0, BLOCK_BYTES) >> (4 * half))
     h1 = nibbles_by_piece(gather_pieces_2(qh + 16, 0, BLOCK_BYTES) >> (4 * half))
     q0, q1 = gather_pieces_2(qs, 64, BLOCK_BYTES), gather_pieces_2(qs + 16, 64, BLOCK_BYTES)

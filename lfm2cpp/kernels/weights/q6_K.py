@@ -37,6 +37,7 @@ from lfm2cpp.kernels.simd import (
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW, PANEL_SUMS
 
 from .columns import interleave_columns, interleave_rows
+from .sub_blocks import half_of_group, make_row_group
 
 BLOCK, BLOCK_BYTES = 256, 210
 N_SCALES = 3  # d, and the scales of each 16
@@ -46,12 +47,7 @@ PREPARED = 212  # bytes a row of a block that prepare_rows has laid out: d is fl
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
 store_quads = make_store_apart(4, bytes_)
-
-
-@device
-def row_group(row, g):
-    """For W = 4 a group is half a block: its address is the block's, and dot_group finds the half from g."""
-    return row + (g * W // 8) * BLOCK_BYTES
+row_group = make_row_group(BLOCK_BYTES)
 
 
 @device
@@ -63,7 +59,7 @@ def _bits(ql, qh, quarter):
 
 @device
 def dot_group(acc, w, act, n_groups, g, far):
-    half = (g * W // 4) % 2  # 1 only for W = 4, the second half of a block
+    half = half_of_group(g)
     ql, qh, scales = w + 64 * half, w + QH + 32 * half, w + SCALES + 8 * half
     a = act + g * (32 * W)
     h0 = gather_pieces_2(qh, 32, BLOCK_BYTES)

@@ -1,9 +1,8 @@
-"""What Q4_K and Q5_K share: 256 elements in eight sub-blocks of 32, each with a 6-bit scale and minimum.
+"""Blocks of 256: how groups of W times 32 columns go into them; and what Q4_K and Q5_K share beyond that.
 
-x = (d * scale) * q - dmin * min. A block begins with d and dmin in float16, then come the 12 bytes of 6-bit numbers:
-four with scales 0..3, four with minima 0..3, and four with the low halves of scales 4..7 and, above them, of minima
-4..7, whose upper two bits are on top of the first eight. Further on, of every 64 elements, 32 bytes of nibbles: low
-ones for the first sub-block, high ones for the second.
+Those have eight sub-blocks of 32, each with a 6-bit scale and minimum: x = (d * scale) * q - dmin * min. A block begins
+with d and dmin in float16 and 12 bytes of 6-bit numbers, packed as gguf/dequantize.py says. It ends with the nibbles:
+of every 64 elements 32 bytes, low ones for the first sub-block, high ones for the second.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lfm2cpp.kernels.simd import (
     bytes_,
     fma,
     gather_f16,
-    gather_sub_blocks,
+    gather_sub_block_scales,
     high_nibbles,
     i8_of_lanes,
     load_f32,
@@ -57,7 +56,7 @@ def make_add_group(block_bytes: int) -> Any:
 
     @device
     def add_group(acc, sums, w, act, n_groups, g):
-        scale, minimum = gather_sub_blocks(w, block_bytes, half_of_group(g))
+        scale, minimum = gather_sub_block_scales(w, block_bytes, half_of_group(g))
         tables = act + g * (4 * W)
         acc = fma(to_f32(sums), scale * load_f32(tables + n_groups * ACT_D), acc)
         return fma(negative(minimum), load_f32(tables + n_groups * ACT_DS), acc)
@@ -67,7 +66,7 @@ def make_add_group(block_bytes: int) -> Any:
 
 def prepared_bytes(block_bytes: int) -> int:
     """Of a row of a block that prepare_rows has laid out"""
-    return block_bytes - HEADER + 24
+    return block_bytes - HEADER + 16 + 8  # quants, 6-bit numbers as bytes, two float32
 
 
 def make_prepare(block_bytes: int) -> tuple[Any, Any]:
@@ -113,7 +112,7 @@ def nibbles_of(qs, j):
 
 @device
 def scale_and_minimum(w, j):
-    """Of sub-block j, as float32"""
+    """Of sub-block j, with the block's units"""
     numbers = w + NUMBERS
     if j < 4:
         scale, minimum = load_u8(numbers + j) & 63, load_u8(numbers + 4 + j) & 63
