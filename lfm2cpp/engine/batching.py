@@ -65,15 +65,17 @@ def check_batch(
     """The batch as lists of ints. UsageError or ContextError for what cannot be evaluated; nothing has changed then."""
     if logits not in ROWS_WANTED:
         raise UsageError(f"logits={logits!r}: expected one of {', '.join(ROWS_WANTED)}")
-    entries = [(sequence, token_list(ids, engine.n_vocab)) for sequence, ids in batch]
+    entries: list[tuple[Sequence, list[int]]] = []
     seen: set[int] = set()
-    for sequence, ids in entries:
+    for sequence, token_ids in batch:
+        ids = token_list(token_ids, engine.n_vocab)
         if sequence.engine is not engine or sequence.closed or id(sequence) in seen:
             raise UsageError("a sequence must belong to this engine, be open, and stand once in a batch")
         seen.add(id(sequence))
         if not ids:
             raise UsageError("no tokens to evaluate for a sequence; give at least one")
-        total = sequence.n_past + len(ids)
+        entries.append((sequence, ids))
+        total = len(sequence.state.tokens) + len(ids)
         if total > engine.n_ctx:
             raise ContextError(
                 f"{total} tokens do not fit the context of {engine.n_ctx}; shorten the prompt or raise --ctx-size"
@@ -85,7 +87,7 @@ def check_batch(
 def token_list(ids: ListLike[int], n_vocab: int) -> list[int]:
     """`ids` as plain ints of the vocabulary, or UsageError."""
     try:
-        found = [operator.index(i) for i in ids]
+        found = list(map(operator.index, ids))
     except TypeError:
         raise UsageError("token ids must be whole numbers") from None
     for token in (min(found), max(found)) if found else ():

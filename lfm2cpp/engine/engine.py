@@ -147,7 +147,7 @@ class Engine:
         and every sequence holds what it held before, and perhaps the first of its new tokens.
         """
         with self.guard():
-            self._check_open()
+            self._check_usable()  # it may have been closed while this call waited
             self._stop_asked = False
             entries = [Entry(sequence, ids, logits) for sequence, ids in check_batch(self, batch, logits)]
             try:
@@ -171,16 +171,13 @@ class Engine:
         return self.lock
 
     def _check_usable(self) -> None:
-        if self.is_elsewhere:
+        if os.getpid() != self._pid:
             raise UsageError("this engine belongs to the parent process; load the model again in the child")
-        self._check_open()
-
-    def _check_open(self) -> None:
-        if self.closed:
+        if self.team.leaving:
             raise UsageError("this engine is closed; load the model again")
 
     def _check_stop(self, stop: threading.Event | None) -> None:
-        if self._stop_asked or (stop is not None and stop.is_set()) or self.closed:
+        if self._stop_asked or self.team.leaving or (stop is not None and stop.is_set()):
             raise KeyboardInterrupt
 
     def _step(self, parts: list[Part], stop: threading.Event | None) -> None:

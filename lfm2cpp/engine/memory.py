@@ -98,22 +98,20 @@ class LogitsPool:
 
     def __init__(self, n_vocab: int) -> None:
         self._n_vocab = n_vocab
-        self._kept = [(np.empty((0, n_vocab), np.float32), 0)]
-        self._unused = self._references()[0]  # differs from one Python to the next
-
-    def _references(self) -> list[int]:
-        """How many there are to each array that is kept. A view holds the array it is a view of."""
-        return [sys.getrefcount(array) for array, _ in self._kept]
+        self._kept = [np.empty((0, n_vocab), np.float32)], [0]  # arrays, addresses; changed in one go (Ctrl-C)
+        (self._unused,) = map(sys.getrefcount, self._kept[0])  # differs from one Python to the next
 
     def take(self, n_rows: int) -> tuple[np.ndarray, int]:
         """An array that nobody else has, and its address. Its contents are undefined."""
-        for (array, address), references in zip(self._kept, self._references(), strict=True):
-            if references == self._unused and len(array) == n_rows:
-                return array, address
+        arrays, addresses = self._kept
+        for i, references in enumerate(map(sys.getrefcount, arrays)):  # a view holds the array it is a view of
+            if references == self._unused and len(arrays[i]) == n_rows:
+                return arrays[i], addresses[i]
         array = np.empty((n_rows, self._n_vocab), np.float32)
         address = array.ctypes.data
         if n_rows <= self.MOST_ROWS:
-            self._kept = [(array, address), *self._kept[: self.MOST_ARRAYS - 1]]
+            most = self.MOST_ARRAYS - 1
+            self._kept = [array, *arrays[:most]], [address, *addresses[:most]]
         return array, address
 
 
@@ -278,7 +276,8 @@ class SequenceState:
         if end > len(self.tokens):
             self.tokens += ids[len(self.tokens) - end :]
         self.n_past = end
-        self._remember_full_pages()
+        if end // PAGE_TOKENS > len(self.keys):
+            self._remember_full_pages()
         self.settled = True
 
     def _remember_full_pages(self) -> None:

@@ -49,6 +49,7 @@ class Team:
         self._base = -(-self._memory.ctypes.data // 64) * 64
         first = (self._base - self._memory.ctypes.data) // 8
         self._shared = self._memory[first : first + size]
+        self._fields = memoryview(self._shared)  # a step has left nothing of NumPy in a cache
         self._shared[at.OPS] = plan.ops_address
         self._shared[at.NO_RESULT] = NO_RESULT
         self._shared[at.YIELD] = _c_function("sched_yield", "SwitchToThread")
@@ -74,7 +75,7 @@ class Team:
     def run(self, first_op: int, last_op: int) -> None:
         """Replay ops first_op .. last_op - 1 on every thread; returns when all are done."""
         assert first_op < last_op and not self.closed, "workers would be waited for that are gone or have nothing to do"
-        self._shared[at.FIRST_OP], self._shared[at.LAST_OP] = first_op, last_op
+        self._fields[at.FIRST_OP], self._fields[at.LAST_OP] = first_op, last_op
         self._lead(NO_RESULT, NO_RESULT, self._lead_row, 0, 0, self.n_threads)
 
     def start_profile(self, n_replays: int) -> None:
