@@ -201,23 +201,31 @@ def weights_of(columns, weights):
 
 
 @device
-def weighted_error(columns, weights, n_max, inverse, origin, scale, low):
-    """Of the levels of inverse * (x - origin), as scale * level + low"""
+def store_levels(columns, n_max, inverse, origin, levels):
+    """Those of inverse * (x - origin), as float32"""
+    for i in range(32):
+        store(levels + 64 * i, to_f32(level_of(inverse * (load_f32x16(columns + 64 * i) - origin), n_max)))
+
+
+@device
+def weighted_error(columns, weights, levels, scale, low):
+    """Of the elements as scale * level + low"""
     error = splat_16(np.float32(0))
     for i in range(32):
         x = load_f32x16(columns + 64 * i)
-        difference = scale * to_f32(level_of(inverse * (x - origin), n_max)) + low - x
+        difference = scale * load_f32x16(levels + 64 * i) + low - x
         error = error + load_f32x16(weights + 64 * i) * (difference * difference)
     return error
 
 
 @device
-def affine_search(columns, weights, n_max, first_shift, n_steps):
+def affine_search(columns, weights, levels, n_max, first_shift, n_steps):
     """(scales, minima, inverses, origins) of 16 sub-blocks, lane by lane: x = scale * q - minimum.
 
     Beside the scale that maps the smallest element (or 0) to 0 and the largest to n_max, tries inverse scales in steps
     of 0.1 from first_shift on, each with the scale and minimum that suit its levels best, and keeps what has the
     smallest weighted error: ggml's make_qkx2_quants. The levels of what is kept are those of inverse * (x - origin).
+    weights, levels: room for 32 vectors each.
     """
     low = high = load_f32x16(columns)
     for i in range(1, 32):
@@ -228,14 +236,15 @@ def affine_search(columns, weights, n_max, first_shift, n_steps):
     sum_w, sum_x = weights_of(columns, weights)
     inverse = np.float32(n_max) / (high - low)
     scale, kept_inverse, origin = np.float32(1) / inverse, inverse, low
-    best = weighted_error(columns, weights, n_max, inverse, low, scale, low)
+    store_levels(columns, n_max, inverse, low, levels)
+    best = weighted_error(columns, weights, levels, scale, low)
     for step in range(n_steps + 1):
         inverse = (np.float32(first_shift) + np.float32(0.1) * np.float32(step) + np.float32(n_max)) / (high - low)
+        store_levels(columns, n_max, inverse, low, levels)
         sum_l = sum_l2 = sum_xl = splat_16(np.float32(0))
         for i in range(32):
-            x, weight = load_f32x16(columns + 64 * i), load_f32x16(weights + 64 * i)
-            level = to_f32(level_of(inverse * (x - low), n_max))
-            weighted = weight * level
+            x, level = load_f32x16(columns + 64 * i), load_f32x16(levels + 64 * i)
+            weighted = load_f32x16(weights + 64 * i) * level
             sum_l = sum_l + weighted
             sum_l2 = sum_l2 + weighted * level
             sum_xl = sum_xl + weighted * x
@@ -244,7 +253,7 @@ def affine_search(columns, weights, n_max, first_shift, n_steps):
         new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         new_scale = select(new_low > np.float32(0), sum_xl / sum_l2, new_scale)
         new_low = select(new_low > np.float32(0), np.float32(0), new_low)
-        error = weighted_error(columns, weights, n_max, inverse, low, new_scale, new_low)
+        error = weighted_error(columns, weights, levels, new_scale, new_low)
         better = (determinant > np.float32(0)) & (error < best)
         best = select(better, error, best)
         scale = select(better, new_scale, scale)
@@ -298,14 +307,14 @@ def make_quantize_blocks(n_max: int, block_bytes: int, first_shift: float, n_ste
     """
 
     def quantize_blocks(src, dst, n_blocks, bad):
-        columns, weights, levels = stack(2048), stack(2048), stack(256)
+        columns, weights, tried, levels = stack(2048), stack(2048), stack(2048), stack(256)
         scales, minima, inverses, origins = stack(64), stack(64), stack(64), stack(64)
         scale_steps, minimum_steps = stack(8), stack(8)
         for pair in range(0, n_blocks, 2):
             second = min(pair + 1, n_blocks - 1)
             transpose(src + 1024 * pair, 8, 32, columns)
             transpose(src + 1024 * second, 8, 32, columns + 32)
-            found = affine_search(columns, weights, n_max, first_shift, n_steps)
+            found = affine_search(columns, weights, tried, n_max, first_shift, n_steps)
             store(scales, found[0])
             store(minima, found[1])
             store(inverses, found[2])
