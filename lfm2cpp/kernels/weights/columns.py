@@ -6,7 +6,7 @@ They are eight vectors, in columns (dot_tile.py) of 4 columns of every row each,
 from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
-from lfm2cpp.kernels.simd import gather_pieces, high_halves, low_halves, transpose_4
+from lfm2cpp.kernels.simd import W, gather_pieces, high_halves, load_bytes, low_halves, transpose_4
 from lfm2cpp.kernels.widths import ACT_D, ACT_DS, ACT_GROUP, PAIRS
 
 
@@ -36,6 +36,26 @@ def gather_rows(pieces, row_bytes):
     step = 4 * row_bytes
     a, b = gather_pieces(pieces, step), gather_pieces(pieces + row_bytes, step)
     return a, b, gather_pieces(pieces + 2 * row_bytes, step), gather_pieces(pieces + 3 * row_bytes, step)
+
+
+def make_columns(levels):
+    """columns(low, high, part): the eight vectors of a block whose bytes prepare_rows has put side by side, those with
+    the low bits at `low`, those with the high ones at `high`; levels(bytes, high_bytes, part) makes integers of them"""
+
+    @device
+    def columns_of_16(low, high, part):
+        return (
+            levels(load_bytes(low), load_bytes(high), part),
+            levels(load_bytes(low + 4 * W), load_bytes(high + 4 * W), part),
+            levels(load_bytes(low + 8 * W), load_bytes(high + 8 * W), part),
+            levels(load_bytes(low + 12 * W), load_bytes(high + 12 * W), part),
+        )
+
+    @device
+    def columns(low, high, part):
+        return columns_of_16(low, high, part) + columns_of_16(low + 16 * W, high + 16 * W, part)
+
+    return columns
 
 
 @device

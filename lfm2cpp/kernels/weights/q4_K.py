@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot2_u6
-from lfm2cpp.kernels.scalar import load_u8, store_f32
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
@@ -16,15 +15,16 @@ from lfm2cpp.kernels.simd import (
     sum_pieces_small,
 )
 
-from .columns import scale_and_add_block, sum_alone
+from .columns import make_columns, scale_and_add_block, sum_alone
 from .sub_blocks import (
     half_of_group,
     make_add_group,
+    make_dequantize_block,
     make_prepare,
     make_row_group,
+    nibble_at,
     nibbles_of,
     prepared_bytes,
-    scale_and_minimum,
 )
 
 BLOCK, BLOCK_BYTES = 256, 144
@@ -57,19 +57,18 @@ def dot_group(acc, w, act, n_groups, g, far):
 
 
 @device
-def block_columns(rows, _, b):
-    qs = rows + b // 8 * (PREPARED * W) + b // 2 % 4 * (32 * W)
-    return _nibbles_of_16(qs, b) + _nibbles_of_16(qs + 16 * W, b)
+def _levels(qs, _, j):
+    """There are no high bits: both are the nibbles"""
+    return nibbles_of(qs, j)
+
+
+columns = make_columns(_levels)
 
 
 @device
-def _nibbles_of_16(qs, b):
-    return (
-        nibbles_of(load_bytes(qs), b),
-        nibbles_of(load_bytes(qs + 4 * W), b),
-        nibbles_of(load_bytes(qs + 8 * W), b),
-        nibbles_of(load_bytes(qs + 12 * W), b),
-    )
+def block_columns(rows, _, b):
+    qs = rows + b // 8 * (PREPARED * W) + b // 2 % 4 * (32 * W)
+    return columns(qs, qs, b)
 
 
 def sum_block(tile):
@@ -77,9 +76,8 @@ def sum_block(tile):
 
 
 @device
-def dequantize_block(w, out):
-    for j in range(8):
-        scale, minimum = scale_and_minimum(w, j)
-        for i in range(32):
-            q = (load_u8(w + QS + j // 2 * 32 + i) >> (4 * (j % 2))) & 15
-            store_f32(out + 4 * (32 * j + i), scale * q - minimum)
+def _level(w, j, i):
+    return nibble_at(w + QS, j, i)
+
+
+dequantize_block = make_dequantize_block(_level)

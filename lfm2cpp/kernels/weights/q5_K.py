@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot2_u6
-from lfm2cpp.kernels.scalar import load_u8, store_f32
+from lfm2cpp.kernels.scalar import load_u8
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
@@ -19,15 +19,16 @@ from lfm2cpp.kernels.simd import (
     sum_pieces_i16,
 )
 
-from .columns import scale_and_add_block, sum_alone
+from .columns import make_columns, scale_and_add_block, sum_alone
 from .sub_blocks import (
     half_of_group,
     make_add_group,
+    make_dequantize_block,
     make_prepare,
     make_row_group,
+    nibble_at,
     nibbles_of,
     prepared_bytes,
-    scale_and_minimum,
 )
 
 BLOCK, BLOCK_BYTES = 256, 176
@@ -46,6 +47,9 @@ finish_block = scale_and_add_block
 def _levels(qs, qh, j):
     """Sub-block j's levels from its bytes and those of which bit j is the fifth one"""
     return nibbles_of(qs, j) | (((qh >> j) & splat_u8(1)) << 4)
+
+
+columns = make_columns(_levels)
 
 
 @device
@@ -80,17 +84,7 @@ def dot_group(acc, w, act, n_groups, g, far):
 def block_columns(rows, _, b):
     block, j = rows + b // 8 * (PREPARED * W), b % 8
     qs = block + (PREPARED_QS + j // 2 * 32) * W
-    return _levels_of_16(qs, block, j) + _levels_of_16(qs + 16 * W, block + 16 * W, j)
-
-
-@device
-def _levels_of_16(qs, qh, j):
-    return (
-        _levels(load_bytes(qs), load_bytes(qh), j),
-        _levels(load_bytes(qs + 4 * W), load_bytes(qh + 4 * W), j),
-        _levels(load_bytes(qs + 8 * W), load_bytes(qh + 8 * W), j),
-        _levels(load_bytes(qs + 12 * W), load_bytes(qh + 12 * W), j),
-    )
+    return columns(qs, block, j)
 
 
 def sum_block(tile):
@@ -98,10 +92,8 @@ def sum_block(tile):
 
 
 @device
-def dequantize_block(w, out):
-    for j in range(8):
-        scale, minimum = scale_and_minimum(w, j)
-        for i in range(32):
-            low = (load_u8(w + QS + j // 2 * 32 + i) >> (4 * (j % 2))) & 15
-            high = (load_u8(w + QH + i) >> j) & 1
-            store_f32(out + 4 * (32 * j + i), scale * (low | (high << 4)) - minimum)
+def _level(w, j, i):
+    return nibble_at(w + QS, j, i) | (((load_u8(w + QH + i) >> j) & 1) << 4)
+
+
+dequantize_block = make_dequantize_block(_level)

@@ -36,7 +36,7 @@ from lfm2cpp.kernels.simd import (
 )
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW, PANEL_SUMS
 
-from .columns import interleave_columns, interleave_rows
+from .columns import interleave_columns, interleave_rows, make_columns
 from .sub_blocks import half_of_group, make_row_group
 
 BLOCK, BLOCK_BYTES = 256, 210
@@ -55,6 +55,9 @@ def _bits(ql, qh, quarter):
     """The 6-bit integers of one quarter from its bytes; quarter is 0..3."""
     low = low_nibbles(ql) if quarter < 2 else high_nibbles(ql)
     return low | (((qh >> (2 * quarter)) & splat_u8(3)) << 4)
+
+
+columns = make_columns(_bits)
 
 
 @device
@@ -108,18 +111,7 @@ def prepare_rows(w, row_bytes, n_blocks, room):
 def block_columns(rows, _, b):
     block, half, quarter = rows + b // 8 * (PREPARED * W), b // 4 % 2, b % 4
     low, high = block + (64 * half + 32 * (quarter % 2)) * W, block + (QH + 32 * half) * W
-    first = _bits_of_16(low, high, quarter)
-    return first + _bits_of_16(low + 16 * W, high + 16 * W, quarter)
-
-
-@device
-def _bits_of_16(ql, qh, quarter):
-    return (
-        _bits(load_bytes(ql), load_bytes(qh), quarter),
-        _bits(load_bytes(ql + 4 * W), load_bytes(qh + 4 * W), quarter),
-        _bits(load_bytes(ql + 8 * W), load_bytes(qh + 8 * W), quarter),
-        _bits(load_bytes(ql + 12 * W), load_bytes(qh + 12 * W), quarter),
-    )
+    return columns(low, high, quarter)
 
 
 @device

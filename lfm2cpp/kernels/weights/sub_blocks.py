@@ -11,6 +11,7 @@ from typing import Any
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8
+from lfm2cpp.kernels.scalar import store_f32 as store_scalar
 from lfm2cpp.kernels.simd import (
     W,
     bytes_,
@@ -111,6 +112,12 @@ def nibbles_of(qs, j):
 
 
 @device
+def nibble_at(qs, j, i):
+    """The same of element i alone"""
+    return (load_u8(qs + j // 2 * 32 + i) >> (4 * (j % 2))) & 15
+
+
+@device
 def scale_and_minimum(w, j):
     """Of sub-block j, with the block's units"""
     numbers = w + NUMBERS
@@ -121,3 +128,16 @@ def scale_and_minimum(w, j):
         scale = (low & 15) | ((load_u8(numbers + j - 4) >> 6) << 4)
         minimum = (low >> 4) | ((load_u8(numbers + j) >> 6) << 4)
     return load_f16(w) * scale, load_f16(w + DMIN) * minimum
+
+
+def make_dequantize_block(level: Any) -> Any:
+    """dequantize_block; level(w, j, i): the integer of element i of sub-block j"""
+
+    @device
+    def dequantize_block(w, out):
+        for j in range(8):
+            scale, minimum = scale_and_minimum(w, j)
+            for i in range(32):
+                store_scalar(out + 4 * (32 * j + i), scale * level(w, j, i) - minimum)
+
+    return dequantize_block
