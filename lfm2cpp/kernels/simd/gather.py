@@ -57,23 +57,21 @@ def gather_i8_pairs(builder, address, stride):
     return builder.insert_value(result, builder.ashr(pairs, eight), 1)
 
 
-def _six_bits(builder, words, first, last, shifts):
-    """Of each four words, eight 6-bit numbers.
+def _six_bits(builder, words):
+    """Of each block's four words, the last three: 16 bytes of 6-bit numbers, scales 0..3, minima 0..3, scales 4..7 and
+    minima 4..7.
 
-    The lower ones are in the four bytes of word `first`; of the upper ones four bits are in word `last`, at `shifts`,
-    and two above the lower numbers.
+    The first four of both are in bytes of their own, below two bits of the other four, whose low four bits share bytes.
     """
     n_blocks = words.type.count // 4
-    eights = ir.VectorType(I32, 8 * n_blocks)
 
-    def part(source, places, masks):
-        lanes = shuffle(builder, words, words, [4 * i + word for i in range(n_blocks) for word in source])
-        shifted = builder.lshr(lanes, constant(eights, places * n_blocks))
-        return builder.and_(shifted, constant(eights, masks * n_blocks))
+    def part(places, shifts, masks):
+        lanes = shuffle(builder, words, words, [4 * i + place for i in range(n_blocks) for place in places])
+        shifted = builder.lshr(lanes, constant(lanes.type, shifts * n_blocks))
+        return builder.and_(shifted, constant(lanes.type, [0x01010101 * mask for mask in masks] * n_blocks))
 
-    lower = part([first] * 4 + [last] * 4, [0, 8, 16, 24, *shifts], [63] * 4 + [15] * 4)
-    upper = part([first] * 8, [0, 0, 0, 0, 2, 10, 18, 26], [0] * 4 + [48] * 4)
-    return builder.or_(lower, upper)
+    low, high = part([1, 2, 3, 3], [0, 0, 0, 4], [63, 63, 15, 15]), part([1, 2, 1, 2], [2] * 4, [0, 0, 48, 48])
+    return builder.bitcast(builder.or_(low, high), ir.VectorType(ir.IntType(8), 16 * n_blocks))
 
 
 @vector_op(types.UniTuple(f32, 2), int64, int64, int64)
@@ -82,19 +80,22 @@ def gather_sub_block_scales(builder, address, stride, half):
 
     With four lanes, those of the given half of the block.
     """
+    n_blocks = -(-W // 8)
     four = ir.VectorType(I32, 4)
-    blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(-(-W // 8))]
+    blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(n_blocks)]
     words = side_by_side(builder, blocks)  # of a block: d and dmin, then 12 bytes of 6-bit numbers
-    n = words.type.count
-    floats = half_to_float(builder, builder.bitcast(words, ir.VectorType(HALF, 2 * n)), ir.VectorType(FLOAT, 2 * n))
+    halves, numbers = builder.bitcast(words, ir.VectorType(HALF, 8 * n_blocks)), _six_bits(builder, words)
     result = ir.Constant(ir.ArrayType(F32_VECTOR, 2), ir.Undefined)
-    for place, (first, shifts) in enumerate(((1, [0, 8, 16, 24]), (2, [4, 12, 20, 28]))):
-        lanes = _six_bits(builder, words, first, 3, shifts)
+    for place in range(2):
+        at = [4 * place + start + i for start in (0, 8) for i in range(4)]
+        mine = shuffle(builder, numbers, numbers, [16 * block + i for block in range(n_blocks) for i in at])
+        unit = shuffle(builder, halves, halves, [8 * block + place for block in range(n_blocks) for _ in at])
         if W == 4:
-            halves = [shuffle(builder, lanes, lanes, list(range(i, i + 4))) for i in (4, 0)]
-            lanes = builder.select(builder.trunc(half, ir.IntType(1)), *halves)
-        unit = shuffle(builder, floats, floats, [i // 8 * 8 + place for i in range(W)])
-        result = builder.insert_value(result, builder.fmul(unit, builder.uitofp(lanes, F32_VECTOR)), place)
+            both = [shuffle(builder, mine, mine, list(range(i, i + 4))) for i in (4, 0)]
+            mine = builder.select(builder.trunc(half, ir.IntType(1)), *both)
+            unit = shuffle(builder, unit, unit, list(range(4)))
+        unit = half_to_float(builder, unit, F32_VECTOR)
+        result = builder.insert_value(result, builder.fmul(unit, builder.uitofp(mine, F32_VECTOR)), place)
     return result
 
 
