@@ -31,7 +31,13 @@ from lfm2cpp.kernels.scalar import (
 from lfm2cpp.kernels.simd import W
 
 ROW = 256  # bytes: a vector of any level, and room behind it
-gather_18, gather_34 = simd.make_gather_f16(18), simd.make_gather_f16(34)
+BLOCKS = ((18, 2), (20, 4), (34, 18))  # bytes, and where in them pieces are gathered
+gather_18, gather_20, gather_34 = (simd.make_gather_f16(nbytes, at) for nbytes, at in ((18, 0), (20, 2), (34, 0)))
+RUNS = [0, 32, 32, 0][: simd.PIECES]  # places of 32 bytes, low nibbles or high, and shifts of bits
+HIGH = [0, 0, 1, 1][: simd.PIECES]
+SHIFTS = [6, 0, 2, 4][: simd.PIECES]
+gather_halves, gather_nibbles = simd.make_gather_halves(RUNS), simd.make_gather_nibbles(RUNS, HIGH)
+pick_bits, pick_one = simd.make_bits_by_piece(SHIFTS, 3, 4), simd.make_bits_by_piece([5] * simd.PIECES, 7, 0)
 PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
 transpose_rows = simd.make_transpose_rows(PLACES)
 store_two = simd.make_store_apart(2, simd.bytes_)
@@ -109,7 +115,7 @@ def byte_words(x, far, out):
     for j in range(4):
         simd.store_bytes(out + (5 + j) * ROW, q[j])
     simd.store_bytes(out + 9 * ROW, simd.gather_pieces(far + 3, 18))
-    simd.store_bytes(out + 10 * ROW, simd.gather_pieces_2(far + 5, 32, 210))
+    simd.store_bytes(out + 10 * ROW, pick_bits(a))
     even, odd = simd.gather_i8_pairs(far + 7, 210)
     simd.store_i32(out + 11 * ROW, even)
     simd.store_i32(out + 15 * ROW, odd)
@@ -118,13 +124,39 @@ def byte_words(x, far, out):
     store_two(out + 14 * ROW, 4 * ROW, (a, b))
     simd.store_bytes(out + 16 * ROW, simd.low_halves(a, b))
     simd.store_bytes(out + 17 * ROW, simd.high_halves(a, b))
-    simd.store_bytes(out + 19 * ROW, simd.nibbles_by_piece(a))
+    simd.store_bytes(out + 19 * ROW, pick_one(a))
     simd.prefetch_near(far + 1000000)  # wherever that is
     simd.prefetch_write(far + 1000000)
     simd.prefetch_early(far + 1000000)
     simd.prefetch_again(far + 1000000)
     ask_near(far + 1000000)
     ask_far(far + 1000000)
+
+
+def make_piece_words(gathers):
+    first, second, third, fourth = gathers
+
+    @kernel
+    def piece_words(far, out):
+        simd.store_bytes(out, first(far))
+        simd.store_bytes(out + ROW, second(far))
+        simd.store_bytes(out + 2 * ROW, third(far))
+        simd.store_bytes(out + 3 * ROW, fourth(far))
+
+    return piece_words
+
+
+globals().update({f"pieces_of_{block[0]}": make_piece_words(simd.make_gathers(*block)) for block in BLOCKS})
+
+
+@kernel
+def run_words(far, out):
+    first, second = gather_halves(far)
+    simd.store_bytes(out, first)
+    simd.store_bytes(out + ROW, second)
+    first, second = gather_nibbles(far)
+    simd.store_bytes(out + 2 * ROW, first)
+    simd.store_bytes(out + 3 * ROW, second)
 
 
 @kernel
@@ -163,6 +195,7 @@ def gather_words(far, out):
     simd.store_f32(out + 3 * ROW, gather_34(far))
     simd.store_f32(out + 4 * ROW, simd.repeat_f16(far, 210))
     simd.store_f32(out + 5 * ROW, simd.load_bf16(far))
+    simd.store_f32(out + 16 * ROW, gather_20(far))
     for i in range(3):
         first, second = simd.i8_of_lanes(simd.load_i32(far), i)
         simd.store_f32(out + (6 + 2 * i) * ROW, first)

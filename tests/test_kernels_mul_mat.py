@@ -135,7 +135,8 @@ def unpack(act: NDArray[np.uint8], n: int, n_tokens: int) -> tuple[NDArray[np.in
             i = np.arange(32)
             if n_tokens == 1:
                 place = b
-                at = b // W * 32 * W + b % W % 4 * 8 * W + b % W // 4 * 16 + i // 16 * 4 * W + i % 16
+                vector, piece = divmod(b % W, 4) if W == 16 else (b % 4, b % W // 4)
+                at = b // W * 32 * W + vector * 8 * W + piece * 16 + i // 16 * 4 * W + i % 16
             else:
                 place = (b % W * n_groups + b // W) * n_tile + t % n_tile
                 at = 32 * place + i

@@ -20,6 +20,8 @@ from lfm2cpp.kernels.library import Kernel, library
 from lfm2cpp.kernels.widths import W
 
 PIECES = W // 4
+# Vector and piece of each block of a group, as activation.py lays one token out.
+PLACES = [divmod(b, 4) if W == 16 else (b % 4, b // 4) for b in range(W)]
 HAS_FMA = level.target().has_fma
 
 
@@ -130,7 +132,9 @@ def test_int_words() -> None:
 
 
 def sums_of_pieces(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in (a, b, c, d)], -1).reshape(W)
+    """A sum a piece, in the order of the blocks that they are of."""
+    sums = np.stack([v.reshape(PIECES, 4).sum(-1, dtype=np.int32) for v in (a, b, c, d)])
+    return np.array([sums[place] for place in PLACES])
 
 
 @pytest.mark.parametrize(("row", "bits"), [(11, 15), (13, 16)], ids=["sum_pieces_small", "sum_pieces_i16"])
@@ -155,7 +159,8 @@ def test_byte_words() -> None:
     for j in range(4):
         check(found[5 + j], np.ascontiguousarray(lanes[:, :, j]).reshape(4 * W))
     check(found[9], np.concatenate([far[3 + 18 * i :][:16] for i in range(PIECES)]))
-    check(found[10], np.concatenate([far[5 + 32 * (i % 2) + 210 * (i // 2) :][:16] for i in range(PIECES)]))
+    shifts = np.repeat(kernel_words.SHIFTS, 16)
+    check(found[10], ((a >> shifts & 3) << 4).astype(np.uint8))
     for row, first in ((11, 7), (15, 8)):
         check(found[row], np.array([far.view(np.int8)[first + 2 * (i % 8) + 210 * (i // 8)] for i in range(W)], np.int32))
     check(found[12], (a | b) ^ c)
@@ -165,7 +170,7 @@ def test_byte_words() -> None:
     halves = np.stack([v.reshape(PIECES, 2, 8) for v in (a, b)], axis=2)  # [piece][half][vector][byte]
     check(found[16], np.ascontiguousarray(halves[:, 0]).reshape(4 * W))
     check(found[17], np.ascontiguousarray(halves[:, 1]).reshape(4 * W))
-    check(found[19], np.where(np.arange(4 * W) // 16 % 2, a >> 4, a & 15).astype(np.uint8))
+    check(found[19], a >> 5)
 
 
 def test_loads_stay_within_their_vectors() -> None:
@@ -173,6 +178,26 @@ def test_loads_stay_within_their_vectors() -> None:
     far = guarded(np.arange(8 + 2 * 7 + 210 * (W // 8 or 1), dtype=np.uint8))
     x = rows(*(octets(i) for i in range(4)))
     say("byte_words", 20, x=x, far=guarded(np.zeros(5 + 32 + 210 * (PIECES // 2) + 16 + len(far), np.uint8)))
+
+
+@pytest.mark.parametrize("block", kernel_words.BLOCKS, ids=lambda block: f"{block[0]} bytes")
+def test_pieces_of_blocks(block: tuple[int, int]) -> None:
+    """Each block's piece is where activations have it, and nothing beyond the last block is read."""
+    nbytes, at = block
+    blocks = np.random.default_rng(nbytes).integers(0, 256, (W, nbytes), np.uint8)
+    found = say(f"pieces_of_{nbytes}", 4, far=guarded(blocks.reshape(-1).copy()))
+    for i, (vector, piece) in enumerate(PLACES):
+        assert np.array_equal(found[vector][16 * piece :][:16], blocks[i, at : at + 16])
+
+
+def test_halves_and_nibbles_of_runs() -> None:
+    far = guarded(np.random.default_rng(0).integers(0, 256, 64, np.uint8))
+    found = say("run_words", 4, far=far)
+    for half in range(2):
+        runs = [far[place + 16 * half :][:16] for place in kernel_words.RUNS]
+        check(found[half], np.concatenate(runs))
+        nibbles = [run >> 4 if high else run & 15 for run, high in zip(runs, kernel_words.HIGH, strict=True)]
+        check(found[2 + half], np.concatenate(nibbles))
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:
@@ -236,7 +261,8 @@ def test_gathers_of_halves() -> None:
     def half(offset: int) -> np.float32:
         return data[offset : offset + 2].view(np.float16)[0].astype(np.float32)
 
-    found = say("gather_words", 16, far=guarded(far))
+    found = say("gather_words", 17, far=guarded(far))
+    check(found[16], np.array([half(20 * i + 2) for i in range(W)]))
     check(found[0], np.array([half(18 * i) for i in range(W)]))
     check(found[1], np.array([half(2 + 210 * i) for i in range(W)]))
     check(found[2], np.array([half(18 * i) for i in range(W)]))

@@ -56,24 +56,23 @@ LEVELS: tuple[Level, ...] = (
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_VNNI = _AVX512 | {"avx512vnni"}
+_GFNI = frozenset({"gfni"})
 _BOTH_VNNI = _AVX512_VNNI | {"avxvnni"}
 _DOTPROD = frozenset({"neon", "dotprod"})
 _I8MM = _DOTPROD | {"i8mm"}
-# What a CPU named by hand promises, of the features that levels ask for. Of other names only the generic level is
-# expected; LLVM still uses all that it knows of them.
+# What a CPU named by hand promises, of the features that levels and Target ask for. Of other names only the generic
+# level is expected; LLVM still uses all that it knows of them.
 NAMED_CPUS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("haswell", "broadwell", "skylake", "x86-64-v3", "znver1", "znver2", "znver3"), _AVX2),
     **dict.fromkeys(("skylake-avx512", "x86-64-v4"), _AVX512),
-    **dict.fromkeys(
-        ("cascadelake", "icelake-client", "icelake-server", "tigerlake", "rocketlake"), _AVX512_VNNI
-    ),
-    "znver4": _AVX512_VNNI | {"avx512bf16"},
-    **dict.fromkeys(("cooperlake",), _AVX512_VNNI),
-    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids"), _BOTH_VNNI | set(MATRICES)),
-    "znver5": _BOTH_VNNI | {"avx512bf16"},
+    **dict.fromkeys(("cascadelake", "cooperlake"), _AVX512_VNNI),
+    **dict.fromkeys(("icelake-client", "icelake-server", "tigerlake", "rocketlake"), _AVX512_VNNI | _GFNI),
+    "znver4": _AVX512_VNNI | _GFNI | {"avx512bf16"},
+    **dict.fromkeys(("sapphirerapids", "emeraldrapids", "graniterapids"), _BOTH_VNNI | _GFNI | set(MATRICES)),
+    "znver5": _BOTH_VNNI | _GFNI | {"avx512bf16"},
     **dict.fromkeys(
         ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "gracemont", "sierraforest"),
-        _AVX2 | {"avxvnni"},
+        _AVX2 | _GFNI | {"avxvnni"},
     ),
     **dict.fromkeys(("cortex-a76", "cortex-a78", "neoverse-n1", "apple-m1"), _DOTPROD),
     **dict.fromkeys(
@@ -115,6 +114,11 @@ class Target:
     def has_bf16_products(self) -> bool:
         """Whether products of bfloat16 are twice as fast as those of float32. On Intel's cores they are as fast."""
         return self.zen > 0 and self.level.bits == 512 and "avx512bf16" in self.features
+
+    @property
+    def has_bit_matrices(self) -> bool:
+        """Whether an instruction multiplies the bits of a byte by a matrix: any shift and mask of bytes at once."""
+        return "gfni" in self.features
 
     @property
     def has_half(self) -> bool:

@@ -9,6 +9,7 @@ _LEVEL = _TARGET.level
 W = _LEVEL.lanes
 REGISTERS = 32 if _LEVEL.bits in (128, 512) and _LEVEL.name != "generic" else 16  # vectors: NEON and AVX-512, others
 BF16_PAIRS = _TARGET.has_bf16_products  # BF16 weights meet activations rounded to BF16, two columns at a time
+BIT_MATRICES = _TARGET.has_bit_matrices  # an instruction takes any bits out of every byte (simd/arithmetic.py)
 MATRICES = _LEVEL.has_matrices  # its product takes W rows by 16 tokens at a time, from memory (dot_matrix.py)
 PAIRS = _LEVEL.name == "neon-i8mm"  # its product takes 2 rows by 2 tokens at a time (dot_tile.py)
 PAIR_SUMS = _LEVEL.name == "avx2"  # its products of bytes come as sums of two in 16 bits, which are widened after that
@@ -27,6 +28,16 @@ PANEL_SUMS = 8 * W * TILE_TOKENS  # bytes of the integer sums of a panel's rows 
 SLICED_TOKENS = 4 * TILE_TOKENS  # up to which a panel is unpacked and used slice by slice
 FLOAT_STREAMED_TOKENS = 3  # up to which a float product streams its rows from the file, each token in turn
 FLOAT_TILE_TOKENS, FLOAT_SMALL_TILE_TOKENS = 6, 2  # of the tiles of a float product: one sum a value
+
+# Which blocks of a group share a vector of activations of one token: blocks side by side, which come with few whole
+# loads where any words of two vectors go into one, or every fourth, whose sums then need not be put in order.
+SIDE_BY_SIDE = _LEVEL.bits == 512
+
+
+def block_of(vector: int, piece: int) -> int:
+    """Which of a group's W blocks has its elements in this piece of these vectors, the pair number `vector` of four."""
+    return W // 4 * vector + piece if SIDE_BY_SIDE else vector + 4 * piece
+
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
 # rows by TILE_TOKENS as well (activation.py).

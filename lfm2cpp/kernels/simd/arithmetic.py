@@ -6,9 +6,23 @@ from llvmlite import ir
 from numba import types
 
 from ..portable import multiply_add
-from ..scalar import I16, I32
+from ..scalar import I16, I32, I64
 from ..vector import call_llvm, constant, splat, vector_op
-from .registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, LEVEL, W, bytes_, f32, float32, i32, int64, load_vector
+from ..widths import BIT_MATRICES
+from .registers import (
+    F32_VECTOR,
+    I8_VECTOR,
+    I32_VECTOR,
+    LEVEL,
+    PIECES,
+    W,
+    bytes_,
+    f32,
+    float32,
+    i32,
+    int64,
+    load_vector,
+)
 
 
 @vector_op(f32, float32)
@@ -149,12 +163,38 @@ def high_nibbles(builder, a):
     return builder.lshr(a, constant(I8_VECTOR, 4))
 
 
-@vector_op(bytes_, bytes_)
-def nibbles_by_piece(builder, a):
-    """Low nibbles in even pieces, high ones in odd pieces"""
-    is_odd = constant(ir.VectorType(ir.IntType(1), 4 * W), [i // 16 % 2 for i in range(4 * W)])
-    nibbles = builder.select(is_odd, builder.lshr(a, constant(I8_VECTOR, 4)), a)
-    return builder.and_(nibbles, constant(I8_VECTOR, 15))
+def bits_by_piece(builder, a, shifts, mask, left=0):
+    """Every byte of piece i becomes ((byte >> shifts[i]) & mask) << left"""
+    if BIT_MATRICES and (any(shifts) or left):
+        return _times_matrices(builder, a, [_bit_matrix(shift, mask, left) for shift in shifts])
+    if len(set(shifts)) > 1:  # lanes of four bytes can be shifted each by its own number of bits
+        lanes = constant(I32_VECTOR, [shift for shift in shifts for _ in range(4)])
+        a = builder.bitcast(builder.lshr(builder.bitcast(a, I32_VECTOR), lanes), I8_VECTOR)
+    else:
+        a = builder.lshr(a, constant(I8_VECTOR, shifts[0]))
+    return builder.shl(builder.and_(a, constant(I8_VECTOR, mask)), constant(I8_VECTOR, left))
+
+
+def _bit_matrix(shift, mask, left):
+    """Byte 7 - k says which bits of a byte make bit k of the result (Intel's manual, GF2P8AFFINEQB)."""
+    return sum(1 << (8 * (7 - k) + k - left + shift) for k in range(8) if (mask << left) >> k & 1)
+
+
+def _times_matrices(builder, a, matrices):
+    """a's bytes, as columns of bits, times the matrix of their piece"""
+    longs = constant(ir.VectorType(I64, 2 * PIECES), [matrix for matrix in matrices for _ in range(2)])
+    name, zero = f"llvm.x86.vgf2p8affineqb.{LEVEL.bits}", ir.Constant(ir.IntType(8), 0)
+    return call_llvm(builder, name, I8_VECTOR, a, builder.bitcast(longs, I8_VECTOR), zero)
+
+
+def make_bits_by_piece(shifts, mask, left):
+    """bits(a): every byte of piece i becomes ((byte >> shifts[i]) & mask) << left"""
+
+    @vector_op(bytes_, bytes_)
+    def bits(builder, a):
+        return bits_by_piece(builder, a, shifts, mask, left)
+
+    return bits
 
 
 @vector_op(f32, f32, int64, float32)

@@ -8,9 +8,12 @@ from numba import types
 from ..portable import half_to_float
 from ..scalar import FLOAT, HALF, I16, I32, I64
 from ..vector import constant, shuffle, splat, vector_op
+from ..widths import block_of
+from .arithmetic import bits_by_piece
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
+    I8_VECTOR,
     I32_VECTOR,
     LEVEL,
     PIECES,
@@ -37,12 +40,104 @@ def gather_pieces(builder, address, stride):
     return _pieces(builder, [offset(builder, address, (i, stride)) for i in range(PIECES)])
 
 
-@vector_op(bytes_, int64, int64, int64)
-def gather_pieces_2(builder, address, stride, pair_stride):
-    """Piece i is the 16 bytes at address + (i % 2) * stride + (i // 2) * pair_stride"""
-    return _pieces(
-        builder, [offset(builder, address, (i % 2, stride), (i // 2, pair_stride)) for i in range(PIECES)]
+def _as_tuple(builder, vectors):
+    result = ir.Constant(ir.ArrayType(I8_VECTOR, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        result = builder.insert_value(result, vector, i)
+    return result
+
+
+def _pieces_at(builder, address, places):
+    return _pieces(builder, [builder.add(address, ir.Constant(I64, place)) for place in places])
+
+
+def make_gathers(block_bytes, offset):
+    """Four words gather(address), one a vector: the 16 bytes at `offset` of those of W blocks side by side that
+    widths.block_of says"""
+    return tuple(
+        _make_gather([block_of(vector, piece) * block_bytes + offset for piece in range(PIECES)], W * block_bytes)
+        for vector in range(4)
     )
+
+
+def _make_gather(places, nbytes):
+    """The 16 bytes at each of the places, of nbytes that may be read"""
+    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and _lines_of(places) <= 2
+
+    @vector_op(bytes_, int64)
+    def gather(builder, address):
+        if not permute:
+            return _pieces_at(builder, address, places)
+        words = _words(builder, address, nbytes, [place + 2 * i for place in places for i in range(8)])
+        return builder.bitcast(words, I8_VECTOR)
+
+    return gather
+
+
+def _lines_of(places):
+    """How many runs of 64 bytes the pieces at `places` touch"""
+    return (places[-1] + 15) // 64 - places[0] // 64 + 1
+
+
+def _words(builder, address, nbytes, places):
+    """The int16 at `places` of nbytes at address, by permutes of whole vectors: faster than loads of pieces are.
+
+    The last vector may be a half. Every two vectors that follow each other give what they have of the words.
+    """
+    whole, half = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
+
+    def load(line):
+        at = builder.add(address, ir.Constant(I64, 64 * line))
+        if 64 * (line + 1) <= nbytes:
+            return load_vector(builder, at, whole)
+        value = load_vector(builder, at, half)
+        return shuffle(builder, value, value, list(range(32)))
+
+    lines = sorted({at // 64 for at in places})
+    result = None
+    for i in range(0, len(lines), 2):
+        pair = lines[i : i + 2]
+        has = [at // 64 in pair for at in places]
+        lanes = [32 * pair.index(at // 64) + at % 64 // 2 if at // 64 in pair else 0 for at in places]
+        found = shuffle(builder, load(pair[0]), load(pair[-1]), lanes)
+        if result is not None:
+            found = shuffle(builder, result, found, [len(places) * is_here + i for i, is_here in enumerate(has)])
+        result = found
+    return result
+
+
+def make_gather_halves(places):
+    """gather(address): of the 32 bytes at each of PIECES places the first 16 in one vector, the others in another"""
+
+    @vector_op(types.UniTuple(bytes_, 2), int64)
+    def gather(builder, address):
+        halves = [[place + start for place in places] for start in (0, 16)]
+        return _as_tuple(builder, [_pieces_at(builder, address, half) for half in halves])
+
+    return gather
+
+
+def make_gather_nibbles(places, is_high):
+    """gather(address): of the 32 bytes at each place the nibbles, high ones where is_high, as make_gather_halves does
+
+    With AVX-512 the places must be within 64 bytes, which are read whole.
+    """
+
+    @vector_op(types.UniTuple(bytes_, 2), int64)
+    def gather(builder, address):
+        vectors, first = [], min(places)
+        for start in (0, 16):
+            if LEVEL.bits == 512:
+                whole = load_vector(builder, builder.add(address, ir.Constant(I64, first)), I8_VECTOR)
+                low, high = builder.and_(whole, constant(I8_VECTOR, 15)), builder.lshr(whole, constant(I8_VECTOR, 4))
+                at = [64 * high + place - first + start for place, high in zip(places, is_high, strict=True)]
+                vectors.append(shuffle(builder, low, high, [byte + i for byte in at for i in range(16)]))
+            else:
+                pieces = _pieces_at(builder, address, [place + start for place in places])
+                vectors.append(bits_by_piece(builder, pieces, [4 * high for high in is_high], 15))
+        return _as_tuple(builder, vectors)
+
+    return gather
 
 
 @vector_op(types.UniTuple(i32, 2), int64, int64)
@@ -109,21 +204,17 @@ def repeat_f16(builder, address, stride):
     return side_by_side(builder, parts)
 
 
-def make_gather_f16(stride):
-    """gather_f16 for an even stride known when compiling: by permutes of whole vectors where they reach 8 lanes."""
-    permute = LEVEL.bits == 512 and 7 * stride + 2 <= 128
+def make_gather_f16(block_bytes, offset=0):
+    """gather(address): lane b is the float16 at `offset` of block b, of W blocks side by side"""
+    permute = LEVEL.bits == 512 and W * block_bytes % 32 == 0 and W * block_bytes <= 6 * 64
 
     @vector_op(f32, int64)
     def gather(builder, address):
         if not permute:
-            return _gather_f16(builder, address, ir.Constant(I64, stride))
-        words, lanes = ir.VectorType(I16, 32), [lane * stride // 2 for lane in range(8)]
-        eights = []
-        for start in (0, 8 * stride):
-            low = load_vector(builder, builder.add(address, ir.Constant(I64, start)), words)
-            high = load_vector(builder, builder.add(address, ir.Constant(I64, start + 64)), words)
-            eights.append(shuffle(builder, low, high, lanes))
-        return half_to_float(builder, builder.bitcast(side_by_side(builder, eights), F16_VECTOR), F32_VECTOR)
+            address = builder.add(address, ir.Constant(I64, offset))
+            return _gather_f16(builder, address, ir.Constant(I64, block_bytes))
+        words = _words(builder, address, W * block_bytes, [block_bytes * b + offset for b in range(W)])
+        return half_to_float(builder, builder.bitcast(words, F16_VECTOR), F32_VECTOR)
 
     return gather
 

@@ -7,6 +7,7 @@ from numba import types
 
 from ..scalar import I16, I32, I64
 from ..vector import call_llvm, constant, shuffle, vector_op
+from ..widths import block_of
 from .memory import f32_at
 from .registers import (
     F32_VECTOR,
@@ -100,41 +101,55 @@ def _halves(builder, a, b, first):
     return shuffle(builder, a, b, lanes)
 
 
-def _sum_of_transposed(builder, a, b, c, d):
-    w, x, y, z = transpose_4_values(builder, a, b, c, d)
-    return builder.add(builder.add(w, x), builder.add(y, z))
+EVEN, ODD = [0, 2, 4, 6], [1, 3, 5, 7]  # lanes of two pieces
+BLOCKS = [(vector, piece) for piece in range(PIECES) for vector in range(4)]
+BLOCKS.sort(key=lambda place: block_of(*place))  # in order: vector and piece of each
+
+
+def _sum_pairs(builder, a, b):
+    """Within each piece the sums of a's lanes 0 and 1, 2 and 3, then b's"""
+    return builder.add(*(_within_pieces(builder, a, b, lanes) for lanes in (EVEN, ODD)))
 
 
 def _sum_pairs_i16(builder, a, b):
-    """x86: within each piece the sums of a's lanes 0 and 1, 2 and 3, then b's; every lane fits 16 bits."""
+    """x86: the same for lanes that fit 16 bits"""
     wide = LEVEL.bits == 512
     pack = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
-    multiply_add = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
-    words = ir.VectorType(I16, 2 * W)
-    return call_llvm(builder, multiply_add, I32_VECTOR, call_llvm(builder, pack, words, a, b), constant(words, 1))
+    return _add_words(builder, call_llvm(builder, pack, ir.VectorType(I16, 2 * W), a, b))
+
+
+def _add_words(builder, words):
+    """x86: the sums of the two int16 in each lane"""
+    name = "llvm.x86.avx512.pmaddw.d.512" if LEVEL.bits == 512 else "llvm.x86.avx2.pmadd.wd"
+    return call_llvm(builder, name, I32_VECTOR, words, constant(words.type, 1))
+
+
+def _sum_pairs_in_order(builder, ab, cd):
+    """What sum_pieces gives, from the two pairs' sums of each piece: ab has those of a, then of b, piece by piece"""
+    pairs = [vector // 2 * W + 4 * piece + vector % 2 * 2 for vector, piece in BLOCKS]
+    return builder.add(*(shuffle(builder, ab, cd, [pair + i for pair in pairs]) for i in range(2)))
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces(builder, a, b, c, d):
-    """Within each piece: lane 0 is the sum of a's four lanes, lane 1 of b's, lane 2 of c's, lane 3 of d's"""
-    return _sum_of_transposed(builder, a, b, c, d)
+    """The sums of the four lanes of each piece, in the order of the blocks that widths.block_of says these are of"""
+    return _sum_pairs_in_order(builder, _sum_pairs(builder, a, b), _sum_pairs(builder, c, d))
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces_i16(builder, a, b, c, d):
     """sum_pieces for lanes that fit 16 bits: fewer instructions on x86"""
-    if not LEVEL.name.startswith("avx"):
-        return _sum_of_transposed(builder, a, b, c, d)
-    ab, cd = _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d)
-    return builder.add(*(_within_pieces(builder, ab, cd, p) for p in ([0, 2, 4, 6], [1, 3, 5, 7])))
+    pairs = _sum_pairs_i16 if LEVEL.name.startswith("avx") else _sum_pairs
+    return _sum_pairs_in_order(builder, pairs(builder, a, b), pairs(builder, c, d))
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces_small(builder, a, b, c, d):
     """sum_pieces for lanes whose pairwise sums fit 16 bits: still fewer"""
     if not LEVEL.name.startswith("avx"):
-        return _sum_of_transposed(builder, a, b, c, d)
-    return _sum_pairs_i16(builder, _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d))
+        return _sum_pairs_in_order(builder, _sum_pairs(builder, a, b), _sum_pairs(builder, c, d))
+    sums = _sum_pairs_i16(builder, _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d))
+    return shuffle(builder, sums, sums, [4 * piece + vector for vector, piece in BLOCKS])
 
 
 def make_transpose_square(load):

@@ -9,10 +9,10 @@ from lfm2cpp.kernels.dot import dot2_u6
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
-    gather_pieces,
     high_nibbles,
     load_bytes,
     low_nibbles,
+    make_gathers,
     splat_i32,
     sum_pieces_small,
 )
@@ -26,23 +26,24 @@ def _dot_pair(q, a):
     return dot2_u6(splat_i32(0), low_nibbles(q), load_bytes(a), high_nibbles(q), load_bytes(a + 4 * W))
 
 
-def make_sum_nibbles(block_bytes: int) -> Any:
-    """sum_nibbles(qs, a, far): lane b is the sum of nibble * activation over block b of a group.
+def make_sum_nibbles(block_bytes: int, offset: int) -> Any:
+    """sum_nibbles(w, a, far): lane b is the sum of nibble * activation over block b of the group at w.
 
-    qs: the first block's nibbles.
+    offset: of the nibbles in a block.
     """
+    gather_0, gather_1, gather_2, gather_3 = make_gathers(block_bytes, offset)
     ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * block_bytes, 4)
 
     @device
-    def sum_nibbles(qs, a, far):
-        ask_0(qs, far)
-        s0 = _dot_pair(gather_pieces(qs, 4 * block_bytes), a)
-        ask_1(qs, far)
-        s1 = _dot_pair(gather_pieces(qs + block_bytes, 4 * block_bytes), a + 8 * W)
-        ask_2(qs, far)
-        s2 = _dot_pair(gather_pieces(qs + 2 * block_bytes, 4 * block_bytes), a + 16 * W)
-        ask_3(qs, far)
-        s3 = _dot_pair(gather_pieces(qs + 3 * block_bytes, 4 * block_bytes), a + 24 * W)
+    def sum_nibbles(w, a, far):
+        ask_0(w, far)
+        s0 = _dot_pair(gather_0(w), a)
+        ask_1(w, far)
+        s1 = _dot_pair(gather_1(w), a + 8 * W)
+        ask_2(w, far)
+        s2 = _dot_pair(gather_2(w), a + 16 * W)
+        ask_3(w, far)
+        s3 = _dot_pair(gather_3(w), a + 24 * W)
         return sum_pieces_small(s0, s1, s2, s3)  # of two lanes: 2 * 8 * 15 * 127 fits 16 bits
 
     return sum_nibbles

@@ -16,7 +16,7 @@ OFFSET = 8
 N_SUMS = 1
 QS = 2  # offset of the nibbles in a block
 gather_scales = make_gather_f16(BLOCK_BYTES)
-sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
+sum_nibbles = make_sum_nibbles(BLOCK_BYTES, QS)
 prepare_rows, finish_block = rows_in_file, scale_block
 
 
@@ -28,7 +28,7 @@ def row_group(row, g):
 @device
 def dot_group(acc, w, act, n_groups, g, far):
     tables = act + g * (4 * W)
-    sums = sum_nibbles(w + QS, act + g * (32 * W), far) + load_i32(tables + n_groups * ACT_Z8)
+    sums = sum_nibbles(w, act + g * (32 * W), far) + load_i32(tables + n_groups * ACT_Z8)
     scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 

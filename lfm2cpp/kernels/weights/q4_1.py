@@ -15,8 +15,8 @@ N_SCALES = 2  # and minima
 OFFSET = 0
 N_SUMS = 1
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
-gather_scales = make_gather_f16(BLOCK_BYTES)
-sum_nibbles = make_sum_nibbles(BLOCK_BYTES)
+gather_scales, gather_minima = make_gather_f16(BLOCK_BYTES), make_gather_f16(BLOCK_BYTES, M)
+sum_nibbles = make_sum_nibbles(BLOCK_BYTES, QS)
 prepare_rows, finish_block = rows_in_file, scale_and_add_block
 
 
@@ -29,8 +29,8 @@ def row_group(row, g):
 def dot_group(acc, w, act, n_groups, g, far):
     tables = act + g * (4 * W)
     scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
-    acc = fma(to_f32(sum_nibbles(w + QS, act + g * (32 * W), far)), scale, acc)
-    return fma(gather_scales(w + M), load_f32(tables + n_groups * ACT_DS), acc)
+    acc = fma(to_f32(sum_nibbles(w, act + g * (32 * W), far)), scale, acc)
+    return fma(gather_minima(w), load_f32(tables + n_groups * ACT_DS), acc)
 
 
 @device

@@ -7,19 +7,18 @@ from lfm2cpp.kernels.dot import dot2_u6
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
-    gather_pieces_2,
-    high_nibbles,
     load_bytes,
-    low_nibbles,
     splat_i32,
     sum_pieces_small,
 )
 
 from .columns import make_columns, scale_and_add_block, sum_alone
 from .sub_blocks import (
+    VECTORS,
     half_of_group,
     make_add_group,
     make_dequantize_block,
+    make_gather_quarters,
     make_prepare,
     make_row_group,
     nibble_at,
@@ -39,19 +38,32 @@ prepare_rows, block_scales = make_prepare(BLOCK_BYTES)
 finish_block = scale_and_add_block
 
 
+def _make_dot(pieces):
+    gather = make_gather_quarters(pieces, BLOCK_BYTES)
+
+    @device
+    def dot(qs, a):
+        """Four partial sums of each sub-block of a vector; qs: the nibbles of the group's first half block"""
+        low, high = gather(qs)
+        return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+
+    return dot
+
+
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
+
+
 @device
 def dot_group(acc, w, act, n_groups, g, far):
-    qs, a, zero = w + QS + 64 * half_of_group(g), act + g * (32 * W), splat_i32(0)
-    q0, q1 = gather_pieces_2(qs, 64, BLOCK_BYTES), gather_pieces_2(qs + 16, 64, BLOCK_BYTES)
+    qs, a = w + QS + 64 * half_of_group(g), act + g * (32 * W)
     ask_0(w, far)
-    s0 = dot2_u6(zero, low_nibbles(q0), load_bytes(a), low_nibbles(q1), load_bytes(a + 4 * W))
+    s0 = dot_0(qs, a)
     ask_1(w, far)
-    s1 = dot2_u6(zero, high_nibbles(q0), load_bytes(a + 8 * W), high_nibbles(q1), load_bytes(a + 12 * W))
-    q2, q3 = gather_pieces_2(qs + 32, 64, BLOCK_BYTES), gather_pieces_2(qs + 48, 64, BLOCK_BYTES)
+    s1 = dot_1(qs, a + 8 * W)
     ask_2(w, far)
-    s2 = dot2_u6(zero, low_nibbles(q2), load_bytes(a + 16 * W), low_nibbles(q3), load_bytes(a + 20 * W))
+    s2 = dot_2(qs, a + 16 * W)
     ask_3(w, far)
-    s3 = dot2_u6(zero, high_nibbles(q2), load_bytes(a + 24 * W), high_nibbles(q3), load_bytes(a + 28 * W))
+    s3 = dot_3(qs, a + 24 * W)
     sums = sum_pieces_small(s0, s1, s2, s3)  # of two lanes: 2 * 8 * 15 * 127 fits 16 bits
     return add_group(acc, sums, w, act, n_groups, g)
 

@@ -11,9 +11,9 @@ from lfm2cpp.kernels.scalar import load_u8
 from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
-    gather_pieces_2,
     load_bytes,
-    nibbles_by_piece,
+    make_bits_by_piece,
+    make_gather_halves,
     splat_i32,
     splat_u8,
     sum_pieces_i16,
@@ -21,9 +21,11 @@ from lfm2cpp.kernels.simd import (
 
 from .columns import make_columns, scale_and_add_block, sum_alone
 from .sub_blocks import (
+    VECTORS,
     half_of_group,
     make_add_group,
     make_dequantize_block,
+    make_gather_quarters,
     make_prepare,
     make_row_group,
     nibble_at,
@@ -52,30 +54,38 @@ def _levels(qs, qh, j):
 columns = make_columns(_levels)
 
 
-@device
-def _dot(q0, q1, h0, h1, j, a):
-    """Sub-block j of every piece's half block: 8 products a lane"""
-    low, high = _levels(q0, h0, j), _levels(q1, h1, j)
-    return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+def _make_dot(pieces):
+    gather = make_gather_quarters(pieces, BLOCK_BYTES)
+    gather_fifth = make_gather_halves([piece.block * BLOCK_BYTES for piece in pieces])
+    fifth = make_bits_by_piece([4 * piece.half + piece.quarter for piece in pieces], 1, 4)
+
+    @device
+    def dot(w, half, a):
+        """Four partial sums of each sub-block of a vector; half: of the group"""
+        low, high = gather(w + QS + 64 * half)
+        fifth_low, fifth_high = gather_fifth(w + QH)
+        if W == 4:
+            fifth_low, fifth_high = fifth_low >> (4 * half), fifth_high >> (4 * half)
+        low, high = low | fifth(fifth_low), high | fifth(fifth_high)
+        return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+
+    return dot
+
+
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
 
 
 @device
 def dot_group(acc, w, act, n_groups, g, far):
-    half = half_of_group(g)
-    qh, qs, a = w + QH, w + QS + 64 * half, act + g * (32 * W)
-    # The fifth bits of a half's four sub-blocks, in the low four bits of every byte.
-    h0 = nibbles_by_piece(gather_pieces_2(qh, 0, BLOCK_BYTES) >> (4 * half))
-    h1 = nibbles_by_piece(gather_pieces_2(qh + 16, 0, BLOCK_BYTES) >> (4 * half))
-    q0, q1 = gather_pieces_2(qs, 64, BLOCK_BYTES), gather_pieces_2(qs + 16, 64, BLOCK_BYTES)
+    half, a = half_of_group(g), act + g * (32 * W)
     ask_0(w, far)
-    s0 = _dot(q0, q1, h0, h1, 0, a)
+    s0 = dot_0(w, half, a)
     ask_1(w, far)
-    s1 = _dot(q0, q1, h0, h1, 1, a + 8 * W)
-    q2, q3 = gather_pieces_2(qs + 32, 64, BLOCK_BYTES), gather_pieces_2(qs + 48, 64, BLOCK_BYTES)
+    s1 = dot_1(w, half, a + 8 * W)
     ask_2(w, far)
-    s2 = _dot(q2, q3, h0, h1, 2, a + 16 * W)
+    s2 = dot_2(w, half, a + 16 * W)
     ask_3(w, far)
-    s3 = _dot(q2, q3, h0, h1, 3, a + 24 * W)
+    s3 = dot_3(w, half, a + 24 * W)
     sums = sum_pieces_i16(s0, s1, s2, s3)  # 8 products of at most 31 * 127 each
     return add_group(acc, sums, w, act, n_groups, g)
 

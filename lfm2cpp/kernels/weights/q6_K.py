@@ -19,13 +19,15 @@ from lfm2cpp.kernels.simd import (
     fma,
     gather_f16,
     gather_i8_pairs,
-    gather_pieces_2,
     high_nibbles,
     i8_of_lanes,
     load_bytes,
     load_f32,
     load_i32,
     low_nibbles,
+    make_bits_by_piece,
+    make_gather_halves,
+    make_gather_nibbles,
     make_store_apart,
     repeat_f16,
     splat_i32,
@@ -37,7 +39,7 @@ from lfm2cpp.kernels.simd import (
 from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z32_HIGH, ACT_Z32_LOW, PANEL_SUMS
 
 from .columns import interleave_columns, interleave_rows, make_columns
-from .sub_blocks import half_of_group, make_row_group
+from .sub_blocks import VECTORS, half_of_group, make_row_group
 
 BLOCK, BLOCK_BYTES = 256, 210
 N_SCALES = 3  # d, and the scales of each 16
@@ -60,32 +62,40 @@ def _bits(ql, qh, quarter):
 columns = make_columns(_bits)
 
 
+def _make_dot(pieces):
+    places = [block * BLOCK_BYTES + 64 * half + quarter % 2 * 32 for block, half, quarter in pieces]
+    gather = make_gather_nibbles(places, [piece.quarter // 2 for piece in pieces])
+    gather_high_bits = make_gather_halves([piece.block * BLOCK_BYTES + 32 * piece.half for piece in pieces])
+    high_bits = make_bits_by_piece([2 * piece.quarter for piece in pieces], 3, 4)
+
+    @device
+    def dot(ql, qh, a):
+        """Four partial sums of the first 16 of each quarter of a vector, and of the others"""
+        low, high = gather(ql)
+        low_high, high_high = gather_high_bits(qh)
+        low, high = low | high_bits(low_high), high | high_bits(high_high)
+        return dot_u7(splat_i32(0), low, load_bytes(a)), dot_u7(splat_i32(0), high, load_bytes(a + 4 * W))
+
+    return dot
+
+
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
+
+
 @device
 def dot_group(acc, w, act, n_groups, g, far):
-    half = half_of_group(g)
+    half, a = half_of_group(g), act + g * (32 * W)
     ql, qh, scales = w + 64 * half, w + QH + 32 * half, w + SCALES + 8 * half
-    a = act + g * (32 * W)
-    h0 = gather_pieces_2(qh, 32, BLOCK_BYTES)
-    h1 = gather_pieces_2(qh + 16, 32, BLOCK_BYTES)
-    l0 = gather_pieces_2(ql, 64, BLOCK_BYTES)
-    l1 = gather_pieces_2(ql + 16, 64, BLOCK_BYTES)
-    l2 = gather_pieces_2(ql + 32, 64, BLOCK_BYTES)
-    l3 = gather_pieces_2(ql + 48, 64, BLOCK_BYTES)
-    zero = splat_i32(0)
     ask_0(w, far)
-    low0 = dot_u7(zero, _bits(l0, h0, 0), load_bytes(a))
-    low1 = dot_u7(zero, _bits(l2, h0, 1), load_bytes(a + 8 * W))
+    low_0, high_0 = dot_0(ql, qh, a)
     ask_1(w, far)
-    low2 = dot_u7(zero, _bits(l0, h0, 2), load_bytes(a + 16 * W))
-    low3 = dot_u7(zero, _bits(l2, h0, 3), load_bytes(a + 24 * W))
+    low_1, high_1 = dot_1(ql, qh, a + 8 * W)
     ask_2(w, far)
-    low = sum_pieces_i16(low0, low1, low2, low3)  # 4 products of at most 63 * 127 each
-    high0 = dot_u7(zero, _bits(l1, h1, 0), load_bytes(a + 4 * W))
-    high1 = dot_u7(zero, _bits(l3, h1, 1), load_bytes(a + 12 * W))
+    low_2, high_2 = dot_2(ql, qh, a + 16 * W)
     ask_3(w, far)
-    high2 = dot_u7(zero, _bits(l1, h1, 2), load_bytes(a + 20 * W))
-    high3 = dot_u7(zero, _bits(l3, h1, 3), load_bytes(a + 28 * W))
-    high = sum_pieces_i16(high0, high1, high2, high3)
+    low_3, high_3 = dot_3(ql, qh, a + 24 * W)
+    low = sum_pieces_i16(low_0, low_1, low_2, low_3)  # 4 products of at most 63 * 127 each
+    high = sum_pieces_i16(high_0, high_1, high_2, high_3)
     tables = act + g * (4 * W)
     low = low + load_i32(tables + n_groups * ACT_Z32_LOW)
     high = high + load_i32(tables + n_groups * ACT_Z32_HIGH)

@@ -10,10 +10,11 @@ from lfm2cpp.kernels.simd import (
     W,
     fma,
     gather_f16,
-    gather_pieces,
     load_bytes,
     load_f32,
     load_i32,
+    make_gather_f16,
+    make_gathers,
     splat_i32,
     sum_pieces,
     to_f32,
@@ -27,6 +28,9 @@ N_SCALES = 1
 OFFSET = I8_BIAS
 N_SUMS = 1
 QS = 2  # offset of the integers in a block
+low_0, low_1, low_2, low_3 = make_gathers(BLOCK_BYTES, QS)
+high_0, high_1, high_2, high_3 = make_gathers(BLOCK_BYTES, QS + 16)
+gather_scales = make_gather_f16(BLOCK_BYTES)
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
 prepare_rows, finish_block = rows_in_file, scale_block
 
@@ -37,26 +41,25 @@ def row_group(row, g):
 
 
 @device
-def _dot_pair(w, a):
-    """The four partial sums of each piece's block; w is where the first piece's integers start."""
-    acc = dot_i8(splat_i32(0), gather_pieces(w, 4 * BLOCK_BYTES), load_bytes(a))
-    return dot_i8(acc, gather_pieces(w + 16, 4 * BLOCK_BYTES), load_bytes(a + 4 * W))
+def _dot_pair(low, high, a):
+    """The four partial sums of each piece's block"""
+    return dot_i8(dot_i8(splat_i32(0), low, load_bytes(a)), high, load_bytes(a + 4 * W))
 
 
 @device
 def dot_group(acc, w, act, n_groups, g, far):
     a = act + g * (32 * W)
     ask_0(w, far)
-    s0 = _dot_pair(w + QS, a)
+    s0 = _dot_pair(low_0(w), high_0(w), a)
     ask_1(w, far)
-    s1 = _dot_pair(w + QS + BLOCK_BYTES, a + 8 * W)
+    s1 = _dot_pair(low_1(w), high_1(w), a + 8 * W)
     ask_2(w, far)
-    s2 = _dot_pair(w + QS + 2 * BLOCK_BYTES, a + 16 * W)
+    s2 = _dot_pair(low_2(w), high_2(w), a + 16 * W)
     ask_3(w, far)
-    s3 = _dot_pair(w + QS + 3 * BLOCK_BYTES, a + 24 * W)
+    s3 = _dot_pair(low_3(w), high_3(w), a + 24 * W)
     tables = act + g * (4 * W)
     sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z128)
-    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
+    scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 
 

@@ -7,12 +7,13 @@ of every 64 elements 32 bytes, low ones for the first sub-block, high ones for t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import load_f16, load_u8
 from lfm2cpp.kernels.scalar import store_f32 as store_scalar
 from lfm2cpp.kernels.simd import (
+    PIECES,
     W,
     bytes_,
     fma,
@@ -23,13 +24,14 @@ from lfm2cpp.kernels.simd import (
     load_f32,
     load_i32,
     low_nibbles,
+    make_gather_nibbles,
     make_store_apart,
     negative,
     splat_u8,
     store_f32,
     to_f32,
 )
-from lfm2cpp.kernels.widths import ACT_D, ACT_DS
+from lfm2cpp.kernels.widths import ACT_D, ACT_DS, block_of
 
 from .columns import interleave_columns, interleave_rows
 
@@ -43,6 +45,23 @@ def half_of_group(g):
     return g % 2 if W == 4 else 0
 
 
+class Piece(NamedTuple):
+    """Which block of a group it is of, which half of that (for W = 4: 0, what half_of_group adds to), and which quarter
+    of the half: a sub-block."""
+
+    block: int
+    half: int
+    quarter: int
+
+
+def _piece(sub_block: int) -> Piece:
+    return Piece(sub_block // 8, sub_block // 4 % 2, sub_block % 4)
+
+
+# Of the vectors that activation.py has pairs of: the pieces.
+VECTORS = [[_piece(block_of(vector, piece)) for piece in range(PIECES)] for vector in range(4)]
+
+
 def make_row_group(block_bytes: int) -> Any:
     @device
     def row_group(row, g):
@@ -50,6 +69,15 @@ def make_row_group(block_bytes: int) -> Any:
         return row + (g * W // 8) * block_bytes
 
     return row_group
+
+
+def make_gather_quarters(pieces: list[Piece], block_bytes: int) -> Any:
+    """gather(qs): the nibbles of a vector's sub-blocks, those of their first 16 elements and of the others, a byte each
+
+    qs: the nibbles of the group's first half block.
+    """
+    places = [block * block_bytes + 64 * half + quarter // 2 * 32 for block, half, quarter in pieces]
+    return make_gather_nibbles(places, [piece.quarter % 2 for piece in pieces])
 
 
 def make_add_group(block_bytes: int) -> Any:
