@@ -102,7 +102,7 @@ def round_rows(x, n, pairs, count, ith, nth):
 def make_row_sums(weights: floats.FloatWeights) -> Any:
     load, size, multiply_add = weights.load, weights.size, weights.multiply_add
     columns = LINE // size  # of a cache line
-    (ask,) = make_prefetches(LINE, 1, fast=True)
+    (ask,) = make_prefetches(LINE, 1)
 
     @device
     def add_line(row, x, total):

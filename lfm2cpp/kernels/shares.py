@@ -72,21 +72,21 @@ def distance(rows, nbytes, coming):
     return coming - rows if LEAST <= nbytes <= MOST else FAR
 
 
-def make_prefetches(nbytes: int, parts: int, *, fast: bool = False) -> list[Any]:
+def make_prefetches(nbytes: int, parts: int) -> list[Any]:
     """`parts` words ask(address, far), which together ask for what comes `far` bytes after the nbytes at address.
 
     To be put between products: prefetches side by side hold each other up, for a core has few places for what is on its
-    way. `fast`: the bytes are used up as fast as they come, which 4-bit types, with most arithmetic a byte, are not.
+    way.
     """
     lines = range(0, nbytes, LINE)
-    return [_make_prefetch([n for n in lines if n * parts // nbytes == part], fast) for part in range(parts)]
+    return [_make_prefetch([n for n in lines if n * parts // nbytes == part]) for part in range(parts)]
 
 
-def _make_prefetch(lines: list[int], fast: bool) -> Any:
+def _make_prefetch(lines: list[int]) -> Any:
     again: list[int] = []
     if not ASKED_ONCE:
         again = [NEAR + n for n in lines]
-    elif fast and not ASKED_NEAR:
+    elif not ASKED_NEAR:
         again = [AGAIN + n for n in lines]
     ask_again = make_prefetch_lines(again, not ASKED_ONCE)
     ask_early = make_prefetch_lines(lines, ASKED_NEAR)

@@ -47,7 +47,7 @@ OFFSET = 32
 N_SUMS = 2
 PREPARED = 212  # bytes a row of a block that prepare_rows has laid out: d is float32
 QH, SCALES, D = 128, 192, 208  # offsets in a block; ql is at 0
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4, fast=True)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(max(1, W // 8) * BLOCK_BYTES, 4)
 store_quads = make_store_apart(4, bytes_)
 row_group = make_row_group(BLOCK_BYTES)
 

@@ -31,7 +31,7 @@ QS = 2  # offset of the integers in a block
 low_0, low_1, low_2, low_3 = make_gathers(BLOCK_BYTES, QS)
 high_0, high_1, high_2, high_3 = make_gathers(BLOCK_BYTES, QS + 16)
 gather_scales = make_gather_f16(BLOCK_BYTES)
-ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4, fast=True)
+ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4)
 prepare_rows, finish_block = rows_in_file, scale_block
 
 
