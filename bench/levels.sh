@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests of the kernels and the golden logits at every level that this machine can run: natively, as a Haswell (AVX2),
-# as an Alder Lake (AVX-VNNI) and as plain x86-64, and at each level picked by LFM2CPP_SIMD. About 15 minutes on 2 cores.
+# a Cascade Lake (AVX-512 without GFNI), an Alder Lake (AVX-VNNI) and plain x86-64, and at each level picked by
+# LFM2CPP_SIMD. About 20 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

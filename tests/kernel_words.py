@@ -31,10 +31,9 @@ from lfm2cpp.kernels.scalar import (
 from lfm2cpp.kernels.simd import W
 
 ROW = 256  # bytes: a vector of any level, and room behind it
-BLOCKS = ((18, 2), (20, 4), (34, 18))  # bytes, and where in them pieces are gathered
-gather_18, gather_20, gather_34 = (simd.make_gather_f16(nbytes, at) for nbytes, at in ((18, 0), (20, 2), (34, 0)))
-RUNS = [0, 32, 32, 0][: simd.PIECES]  # places of 32 bytes, low nibbles or high, and shifts of bits
-HIGH = [0, 0, 1, 1][: simd.PIECES]
+BLOCKS = ((18, 2), (20, 4), (34, 2), (34, 18))  # bytes, and where in them pieces are gathered, and float16 2 bytes before
+RUNS = [48, 16, 16, 48][: simd.PIECES]  # places of 32 bytes, low nibbles or high, and shifts of bits
+HIGH = [1, 0, 1, 0][: simd.PIECES]
 SHIFTS = [6, 0, 2, 4][: simd.PIECES]
 gather_halves, gather_nibbles = simd.make_gather_halves(RUNS), simd.make_gather_nibbles(RUNS, HIGH)
 pick_bits, pick_one = simd.make_bits_by_piece(SHIFTS, 3, 4), simd.make_bits_by_piece([5] * simd.PIECES, 7, 0)
@@ -133,8 +132,9 @@ def byte_words(x, far, out):
     ask_far(far + 1000000)
 
 
-def make_piece_words(gathers):
-    first, second, third, fourth = gathers
+def make_piece_words(nbytes, at):
+    first, second, third, fourth = simd.make_gathers(nbytes, at)
+    halves = simd.make_gather_f16(nbytes, at - 2)
 
     @kernel
     def piece_words(far, out):
@@ -142,11 +142,12 @@ def make_piece_words(gathers):
         simd.store_bytes(out + ROW, second(far))
         simd.store_bytes(out + 2 * ROW, third(far))
         simd.store_bytes(out + 3 * ROW, fourth(far))
+        simd.store_f32(out + 4 * ROW, halves(far))
 
     return piece_words
 
 
-globals().update({f"pieces_of_{block[0]}": make_piece_words(simd.make_gathers(*block)) for block in BLOCKS})
+globals().update({f"pieces_of_{nbytes}_{at}": make_piece_words(nbytes, at) for nbytes, at in BLOCKS})
 
 
 @kernel
@@ -191,11 +192,8 @@ def to_half_words(x, out, n):
 def gather_words(far, out):
     simd.store_f32(out, simd.gather_f16(far, 18))
     simd.store_f32(out + ROW, simd.gather_f16(far + 2, 210))
-    simd.store_f32(out + 2 * ROW, gather_18(far))
-    simd.store_f32(out + 3 * ROW, gather_34(far))
     simd.store_f32(out + 4 * ROW, simd.repeat_f16(far, 210))
     simd.store_f32(out + 5 * ROW, simd.load_bf16(far))
-    simd.store_f32(out + 16 * ROW, gather_20(far))
     for i in range(3):
         first, second = simd.i8_of_lanes(simd.load_i32(far), i)
         simd.store_f32(out + (6 + 2 * i) * ROW, first)

@@ -25,13 +25,15 @@ only_x86 = pytest.mark.skipif(not X86, reason="imitates x86 CPUs")
 HOST = frozenset(f for f, on in llvm.get_host_cpu_features().items() if on) if X86 else frozenset()
 # CPUs that stand for the levels of x86: name for NUMBA_CPU_NAME, level, what its machine code must not contain.
 WIDE, VNNI, FUSED = r"%[xyz]mm(1[6-9]|2\d|3[01])\b|%[zt]mm|%k[1-7]", r"\{?vpdpb", r"\bvfn?m(add|sub)"
+BITS = "gf2p8"
 AVX = r"%ymm|\bv[a-z]+[sp][sd]\b|" + WIDE
 CPUS = {
-    "haswell": ("avx2", f"{WIDE}|{VNNI}"),
+    "haswell": ("avx2", f"{WIDE}|{VNNI}|{BITS}"),
+    "cascadelake": ("avx512-vnni", f"{BITS}|%tmm"),
     "alderlake": ("avx-vnni", WIDE),
-    "x86-64": ("generic", f"{AVX}|{VNNI}|{FUSED}"),
+    "x86-64": ("generic", f"{AVX}|{VNNI}|{FUSED}|{BITS}"),
 }
-KERNELS = ["mul_mat:mul_mat_q8_0", "ops:rms_norm", "rope:store_kv_f16"]
+KERNELS = ["mul_mat:mul_mat_q8_0", "mul_mat:mul_mat_q5_K", "ops:rms_norm", "rope:store_kv_f16"]
 SUITE = [f"tests/test_kernels_{name}.py" for name in ("words", "mul_mat", "ops", "attention", "sample")]
 GOLDEN = ["tests/test_engine_golden.py", "tests/test_engine_laws.py"]
 
@@ -119,6 +121,14 @@ def test_matrices_are_used_where_linux_lets_us(monkeypatch: pytest.MonkeyPatch) 
 def test_which_zen(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, generation in (("znver2", 2), ("znver4", 4), ("znver5", 5), ("alderlake", 0), ("neoverse-n1", 0)):
         assert target(monkeypatch, NUMBA_CPU_NAME=name).zen == generation
+
+
+def test_which_cpu_has_matrices_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("haswell", "znver3", "cascadelake", "neoverse-v1"):
+        assert not target(monkeypatch, NUMBA_CPU_NAME=name).has_bit_matrices
+    for name in ("icelake-server", "alderlake", "znver4"):
+        assert target(monkeypatch, NUMBA_CPU_NAME=name).has_bit_matrices
+    assert target(monkeypatch, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+gfni").has_bit_matrices
 
 
 def test_features_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def describe_machine() -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     target = level.target()
     levels = level.levels_of(target.features)
-    interesting = sorted({f for one in level.LEVELS for f in one.features} & target.features)
+    interesting = sorted({*level.EXTRAS, *(f for one in level.LEVELS for f in one.features)} & target.features)
     return {
         "name": cpu_name(),
         "machine": platform.machine(),

@@ -3,9 +3,9 @@
 A row of n elements is cut into blocks of 32 and groups of W blocks, the last group padded with zeros. Two layouts, both
 of ACT_GROUP bytes a group and token, one behind the other, so that the first one's padding stays zero:
 
-    one token (decode): four pairs of vectors a group. The first 16 elements of a block are a piece of a pair's low
-    vector, the others the same piece of its high one; which, widths.block_of says. Lane b of `sum_pieces` of the four
-    pairs holds block b's sum.
+    one token (decode): four pairs of vectors a group. A block is a piece of one pair, widths.place_of says which: its
+    first 16 elements in the pair's low vector, the others in its high one. Lane b of `sum_pieces` of the four pairs
+    holds block b's sum.
 
     more tokens: tiles of TILE_TOKENS tokens, side by side block by block, so that a tile's product walks through memory
     with one address. Blocks in the order in which they are added up, chain by chain: those with the same b % W follow
@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import widths
 from .compiler import device
 from .dot import I8_BIAS
 from .dot_tile import HALF
 from .scalar import keep_apart, load_i32, store_i32
 from .scalar import load_f32 as load_scalar
 from .simd import (
-    PIECES,
     W,
     absolute,
     fma,
@@ -63,10 +63,10 @@ from .widths import (
     LINE,
     PAIRS,
     QUANTIZE_NBYTES,
-    SIDE_BY_SIDE,
     TILE_TOKENS,
 )
 
+place_of = device(widths.place_of)
 QK = 32
 ROW_BYTES = 4 * QK  # of a block's float32
 LEVELS = tuple(np.float32(127 - i) for i in range(4))  # numbers of levels that best_levels tries
@@ -86,9 +86,8 @@ assert COPY + W * ROW_BYTES == QUANTIZE_NBYTES
 @device
 def decode_offset(b):
     """For one token: offset of block b's first 16 integers; the other 16 lie 4 W bytes further."""
-    in_group = b % W
-    vector, piece = divmod(in_group, PIECES) if SIDE_BY_SIDE else (in_group % 4, in_group // 4)
-    return (b // W) * (32 * W) + vector * (8 * W) + piece * 16
+    pair, piece = place_of(b % W)
+    return (b // W) * (32 * W) + pair * (8 * W) + piece * 16
 
 
 @device

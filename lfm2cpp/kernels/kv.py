@@ -20,16 +20,16 @@ from .compiler import device
 from .scalar import load_f16, load_f32, load_i64, round_to_i64, store_f16, store_f32, store_i8
 from .simd import W, prefetch_again, prefetch_early, prefetch_write
 from .tile import make_tile
-from .widths import ASKED_ONCE, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
+from .widths import AGAIN_NEAR, CHUNK_TOKENS, KV_COLUMN_BYTES, LINE, PAGE_TOKENS, REGISTERS
 
 QK = 32
 AHEAD = 2  # blocks that are asked for before they are used: one takes longer than memory needs to answer
 # Of floats, where they are asked for once more behind that or go straight to the first-level cache.
-FLOATS_AHEAD = 1 if ASKED_ONCE else AHEAD
+FLOATS_AHEAD = AHEAD if AGAIN_NEAR else 1
 # Bytes ahead to ask for floats again. In the first-level cache they would push out each other, and the scores, by
 # multiples of 4096. Behind the last head of a page are other blocks of it, which then need not come from memory when it
 # is their turn.
-NEAR = 4096 if ASKED_ONCE else 2048
+NEAR = 2048 if AGAIN_NEAR else 4096
 # Queries up to which there are registers for two tiles, so that whole rows of a page are used at once.
 FEW_QUERIES = 4 if REGISTERS == 32 else 2
 
@@ -148,7 +148,7 @@ def ask_for(blocks, first, nbytes):
     """Ask for nbytes from `first` on of the block after this one and of the one AHEAD places on."""
     soon, later = load_i64(blocks + 8), load_i64(blocks + 8 * AHEAD)
     for line in range(first, first + nbytes, LINE):
-        if not ASKED_ONCE:  # integers take longer to use than floats, and need no second request that is not nearer
+        if AGAIN_NEAR:  # integers take longer to use than floats, and need no second request that is not nearer
             prefetch_again(soon + line)
         prefetch_early(later + line)
 

@@ -53,6 +53,7 @@ LEVELS: tuple[Level, ...] = (
     Level("generic", 128, ()),
 )
 
+EXTRAS = ("avx512bf16", "gfni")  # features that no level needs, but that kernels use (Target)
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_VNNI = _AVX512 | {"avx512vnni"}
@@ -60,8 +61,8 @@ _GFNI = frozenset({"gfni"})
 _BOTH_VNNI = _AVX512_VNNI | {"avxvnni"}
 _DOTPROD = frozenset({"neon", "dotprod"})
 _I8MM = _DOTPROD | {"i8mm"}
-# What a CPU named by hand promises, of the features that levels and Target ask for. Of other names only the generic
-# level is expected; LLVM still uses all that it knows of them.
+# What a CPU named by hand promises, of the features that matter here. Of other names only the generic level is
+# expected; LLVM still uses all that it knows of them.
 NAMED_CPUS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("haswell", "broadwell", "skylake", "x86-64-v3", "znver1", "znver2", "znver3"), _AVX2),
     **dict.fromkeys(("skylake-avx512", "x86-64-v4"), _AVX512),

@@ -12,7 +12,7 @@ from typing import Any
 from .compiler import device
 from .scalar import atomic_load, compare_and_swap
 from .simd import make_prefetch_lines
-from .widths import ASKED_NEAR, ASKED_ONCE, FLOAT_STREAMED_TOKENS, LINE, W
+from .widths import AGAIN_NEAR, ASKED_NEAR, FLOAT_STREAMED_TOKENS, LINE, W
 
 SHARES_A_THREAD = 2
 # A byte is asked for FAR bytes before its use. Where it is asked for twice, then again NEAR bytes before, when few may
@@ -75,25 +75,20 @@ def distance(rows, nbytes, coming):
 def make_prefetches(nbytes: int, parts: int) -> list[Any]:
     """`parts` words ask(address, far), which together ask for what comes `far` bytes after the nbytes at address.
 
-    To be put between products: prefetches side by side hold each other up, for a core has few places for what is on its
-    way.
+    To be put between products: side by side they hold each other up, for a core has few places for what is on its way.
     """
     lines = range(0, nbytes, LINE)
     return [_make_prefetch([n for n in lines if n * parts // nbytes == part]) for part in range(parts)]
 
 
 def _make_prefetch(lines: list[int]) -> Any:
-    again: list[int] = []
-    if not ASKED_ONCE:
-        again = [NEAR + n for n in lines]
-    elif not ASKED_NEAR:
-        again = [AGAIN + n for n in lines]
-    ask_again = make_prefetch_lines(again, not ASKED_ONCE)
+    distance = NEAR if AGAIN_NEAR else AGAIN
+    ask_again = make_prefetch_lines([] if ASKED_NEAR else lines, AGAIN_NEAR)
     ask_early = make_prefetch_lines(lines, ASKED_NEAR)
 
     @device
     def ask(address, far):
-        ask_again(address)
+        ask_again(address + distance)
         ask_early(address + far)
 
     return ask

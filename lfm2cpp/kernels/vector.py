@@ -80,6 +80,14 @@ def constant(vector: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, v) for v in values])
 
 
+def as_tuple(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    """Values of one type as what a word returns of a types.UniTuple."""
+    result = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        result = builder.insert_value(result, value, i)
+    return result
+
+
 def shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
     """Pick lanes from a (0..n-1) and b (n..2n-1)."""
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)

@@ -29,14 +29,22 @@ SLICED_TOKENS = 4 * TILE_TOKENS  # up to which a panel is unpacked and used slic
 FLOAT_STREAMED_TOKENS = 3  # up to which a float product streams its rows from the file, each token in turn
 FLOAT_TILE_TOKENS, FLOAT_SMALL_TILE_TOKENS = 6, 2  # of the tiles of a float product: one sum a value
 
-# Which blocks of a group share a vector of activations of one token: blocks side by side, which come with few whole
+# Which of a group's blocks share a vector of activations of one token: blocks side by side, which come with few whole
 # loads where any words of two vectors go into one, or every fourth, whose sums then need not be put in order.
-SIDE_BY_SIDE = _LEVEL.bits == 512
+_SIDE_BY_SIDE = _LEVEL.bits == 512
 
 
-def block_of(vector: int, piece: int) -> int:
-    """Which of a group's W blocks has its elements in this piece of these vectors, the pair number `vector` of four."""
-    return W // 4 * vector + piece if SIDE_BY_SIDE else vector + 4 * piece
+def place_of(block: int) -> tuple[int, int]:
+    """Where block 0 .. W - 1 of a group is in one token's activations: which of four pairs of vectors, which piece."""
+    return (block // (W // 4), block % (W // 4)) if _SIDE_BY_SIDE else (block % 4, block // 4)
+
+
+def block_of(pair: int, piece: int) -> int:
+    """The block at this place"""
+    return W // 4 * pair + piece if _SIDE_BY_SIDE else pair + 4 * piece
+
+
+assert all(block_of(*place_of(block)) == block for block in range(W))
 
 
 # Byte offsets of an activation row's tables, per group of W blocks: multiply by the number of groups, and for a tile of
@@ -59,11 +67,11 @@ LINE = 64  # bytes of a cache line
 # integer ones of MATRIX_BLOCKS blocks, two for each of them at most, with a line between two blocks.
 TOTALS = (max(FEW_TOKENS, SLICED_TOKENS) + 2 * TILE_TOKENS) * 4 * PANEL_ROWS
 TOTALS += MATRIX_BLOCKS * (2 * PANEL_SUMS + LINE) if MATRICES else 0
-# How a stream from memory is asked for. A Zen wants every line once, early: into the second-level cache, since Zen 5
-# straight into the first. A Xeon wants it twice: early into the second-level cache, into the first soon before the use.
-# Up to Zen 4 a request that finds no place is forgotten, so streams that keep all places taken are asked for again.
-ASKED_ONCE = _TARGET.zen > 0
+# How a stream from memory is asked for. Since Zen 5 once, early, straight into the first-level cache. Others ask early
+# into the second-level cache and again soon before the use: a Xeon into the first; a Zen up to 4 into the second as
+# well, for there a request that finds no place is forgotten.
 ASKED_NEAR = _TARGET.zen >= 5
+AGAIN_NEAR = _TARGET.zen == 0
 
 
 def activation_nbytes(n: int) -> int:

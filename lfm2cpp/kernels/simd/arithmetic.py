@@ -7,7 +7,7 @@ from numba import types
 
 from ..portable import multiply_add
 from ..scalar import I16, I32, I64
-from ..vector import call_llvm, constant, splat, vector_op
+from ..vector import as_tuple, call_llvm, constant, splat, vector_op
 from ..widths import BIT_MATRICES
 from .registers import (
     F32_VECTOR,
@@ -145,10 +145,7 @@ def i8_of_lanes(builder, a, i):
     two_bytes, three_bytes = (constant(I32_VECTOR, n) for n in (16, 24))
     first = builder.ashr(builder.shl(from_i, three_bytes), three_bytes)
     second = builder.ashr(builder.shl(from_i, two_bytes), three_bytes)
-    result = ir.Constant(ir.ArrayType(F32_VECTOR, 2), ir.Undefined)
-    for place, value in enumerate((first, second)):
-        result = builder.insert_value(result, builder.sitofp(value, F32_VECTOR), place)
-    return result
+    return as_tuple(builder, [builder.sitofp(value, F32_VECTOR) for value in (first, second)])
 
 
 @vector_op(bytes_, bytes_)
@@ -164,7 +161,8 @@ def high_nibbles(builder, a):
 
 
 def bits_by_piece(builder, a, shifts, mask, left=0):
-    """Every byte of piece i becomes ((byte >> shifts[i]) & mask) << left"""
+    """Every byte of piece i becomes ((byte >> shifts[i]) & mask) << left; no bit is shifted in from another byte"""
+    assert mask << max(shifts) < 256 and mask << left < 256, "bits of other bytes would be asked for"
     if BIT_MATRICES and (any(shifts) or left):
         return _times_matrices(builder, a, [_bit_matrix(shift, mask, left) for shift in shifts])
     if len(set(shifts)) > 1:  # lanes of four bytes can be shifted each by its own number of bits

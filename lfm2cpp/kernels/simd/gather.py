@@ -7,7 +7,7 @@ from numba import types
 
 from ..portable import half_to_float
 from ..scalar import FLOAT, HALF, I16, I32, I64
-from ..vector import constant, shuffle, splat, vector_op
+from ..vector import as_tuple, constant, shuffle, splat, vector_op
 from ..widths import block_of
 from .arithmetic import bits_by_piece
 from .registers import (
@@ -40,29 +40,23 @@ def gather_pieces(builder, address, stride):
     return _pieces(builder, [offset(builder, address, (i, stride)) for i in range(PIECES)])
 
 
-def _as_tuple(builder, vectors):
-    result = ir.Constant(ir.ArrayType(I8_VECTOR, len(vectors)), ir.Undefined)
-    for i, vector in enumerate(vectors):
-        result = builder.insert_value(result, vector, i)
-    return result
-
-
 def _pieces_at(builder, address, places):
     return _pieces(builder, [builder.add(address, ir.Constant(I64, place)) for place in places])
 
 
-def make_gathers(block_bytes, offset):
-    """Four words gather(address), one a vector: the 16 bytes at `offset` of those of W blocks side by side that
-    widths.block_of says"""
+def make_gathers(block_bytes, at):
+    """Four words gather(address), one a pair of activation vectors: the 16 bytes at `at` in each of its blocks, of W
+    blocks of an even number of bytes side by side at address"""
+    nbytes = W * block_bytes
     return tuple(
-        _make_gather([block_of(vector, piece) * block_bytes + offset for piece in range(PIECES)], W * block_bytes)
-        for vector in range(4)
+        _make_gather([block_of(pair, piece) * block_bytes + at for piece in range(PIECES)], nbytes) for pair in range(4)
     )
 
 
 def _make_gather(places, nbytes):
     """The 16 bytes at each of the places, of nbytes that may be read"""
-    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and _lines_of(places) <= 2
+    # A third vector would take a second permute; then loads of pieces are as fast.
+    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and (places[-1] + 15) // 64 - places[0] // 64 < 2
 
     @vector_op(bytes_, int64)
     def gather(builder, address):
@@ -74,34 +68,30 @@ def _make_gather(places, nbytes):
     return gather
 
 
-def _lines_of(places):
-    """How many runs of 64 bytes the pieces at `places` touch"""
-    return (places[-1] + 15) // 64 - places[0] // 64 + 1
-
-
 def _words(builder, address, nbytes, places):
-    """The int16 at `places` of nbytes at address, by permutes of whole vectors: faster than loads of pieces are.
+    """The int16 at `places`, even and ascending, of nbytes at address, by permutes of whole vectors.
 
-    The last vector may be a half. Every two vectors that follow each other give what they have of the words.
+    nbytes is a multiple of 32: the last vector may be a half. Every two vectors that follow each other give what they
+    have of the words.
     """
+    assert nbytes % 32 == 0 and not any(at % 2 for at in places), "words of whole vectors"
     whole, half = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
 
-    def load(line):
-        at = builder.add(address, ir.Constant(I64, 64 * line))
-        if 64 * (line + 1) <= nbytes:
-            return load_vector(builder, at, whole)
-        value = load_vector(builder, at, half)
+    def load(number):
+        start = builder.add(address, ir.Constant(I64, 64 * number))
+        if 64 * (number + 1) <= nbytes:
+            return load_vector(builder, start, whole)
+        value = load_vector(builder, start, half)
         return shuffle(builder, value, value, list(range(32)))
 
-    lines = sorted({at // 64 for at in places})
+    numbers = sorted({at // 64 for at in places})
     result = None
-    for i in range(0, len(lines), 2):
-        pair = lines[i : i + 2]
-        has = [at // 64 in pair for at in places]
-        lanes = [32 * pair.index(at // 64) + at % 64 // 2 if at // 64 in pair else 0 for at in places]
-        found = shuffle(builder, load(pair[0]), load(pair[-1]), lanes)
+    for two in (numbers[i : i + 2] for i in range(0, len(numbers), 2)):
+        has = [at // 64 in two for at in places]
+        lanes = [32 * two.index(at // 64) + at % 64 // 2 if at // 64 in two else 0 for at in places]
+        found = shuffle(builder, load(two[0]), load(two[-1]), lanes)
         if result is not None:
-            found = shuffle(builder, result, found, [len(places) * is_here + i for i, is_here in enumerate(has)])
+            found = shuffle(builder, result, found, [len(places) * is_here + lane for lane, is_here in enumerate(has)])
         result = found
     return result
 
@@ -112,7 +102,7 @@ def make_gather_halves(places):
     @vector_op(types.UniTuple(bytes_, 2), int64)
     def gather(builder, address):
         halves = [[place + start for place in places] for start in (0, 16)]
-        return _as_tuple(builder, [_pieces_at(builder, address, half) for half in halves])
+        return as_tuple(builder, [_pieces_at(builder, address, half) for half in halves])
 
     return gather
 
@@ -120,22 +110,26 @@ def make_gather_halves(places):
 def make_gather_nibbles(places, is_high):
     """gather(address): of the 32 bytes at each place the nibbles, high ones where is_high, as make_gather_halves does
 
-    With AVX-512 the places must be within 64 bytes, which are read whole.
+    With AVX-512, 64 bytes are read from the first place on, and must have all of them.
     """
+    first = min(places)
+    assert LEVEL.bits < 512 or max(places) + 32 <= first + 64, "places too far apart"
+
+    def of_pieces(builder, address, start):
+        pieces = _pieces_at(builder, address, [place + start for place in places])
+        return bits_by_piece(builder, pieces, [4 * high for high in is_high], 15)
+
+    def of_whole(builder, low, high, start):
+        at = [64 * of_high + place - first + start for place, of_high in zip(places, is_high, strict=True)]
+        return shuffle(builder, low, high, [byte + i for byte in at for i in range(16)])
 
     @vector_op(types.UniTuple(bytes_, 2), int64)
     def gather(builder, address):
-        vectors, first = [], min(places)
-        for start in (0, 16):
-            if LEVEL.bits == 512:
-                whole = load_vector(builder, builder.add(address, ir.Constant(I64, first)), I8_VECTOR)
-                low, high = builder.and_(whole, constant(I8_VECTOR, 15)), builder.lshr(whole, constant(I8_VECTOR, 4))
-                at = [64 * high + place - first + start for place, high in zip(places, is_high, strict=True)]
-                vectors.append(shuffle(builder, low, high, [byte + i for byte in at for i in range(16)]))
-            else:
-                pieces = _pieces_at(builder, address, [place + start for place in places])
-                vectors.append(bits_by_piece(builder, pieces, [4 * high for high in is_high], 15))
-        return _as_tuple(builder, vectors)
+        if LEVEL.bits < 512:
+            return as_tuple(builder, [of_pieces(builder, address, start) for start in (0, 16)])
+        whole = load_vector(builder, builder.add(address, ir.Constant(I64, first)), I8_VECTOR)
+        low, high = builder.and_(whole, constant(I8_VECTOR, 15)), builder.lshr(whole, constant(I8_VECTOR, 4))
+        return as_tuple(builder, [of_whole(builder, low, high, start) for start in (0, 16)])
 
     return gather
 
@@ -147,9 +141,8 @@ def gather_i8_pairs(builder, address, stride):
     runs = [load_vector(builder, offset(builder, address, (i, stride)), words) for i in range(-(-W // 8))]
     pairs = builder.sext(side_by_side(builder, runs), I32_VECTOR)
     eight, three_bytes = constant(I32_VECTOR, 8), constant(I32_VECTOR, 24)
-    result = ir.Constant(ir.ArrayType(I32_VECTOR, 2), ir.Undefined)
-    result = builder.insert_value(result, builder.ashr(builder.shl(pairs, three_bytes), three_bytes), 0)
-    return builder.insert_value(result, builder.ashr(pairs, eight), 1)
+    first = builder.ashr(builder.shl(pairs, three_bytes), three_bytes)
+    return as_tuple(builder, [first, builder.ashr(pairs, eight)])
 
 
 def _six_bits(builder, words):
@@ -169,18 +162,13 @@ def _six_bits(builder, words):
     return builder.bitcast(builder.or_(low, high), ir.VectorType(ir.IntType(8), 16 * n_blocks))
 
 
-@vector_op(types.UniTuple(f32, 2), int64, int64, int64)
-def gather_sub_block_scales(builder, address, stride, half):
-    """Lane i, of sub-block i % 8 of the Q4_K or Q5_K block at address + (i // 8) * stride: d * scale and dmin * min
-
-    With four lanes, those of the given half of the block.
-    """
+def _scales_of_blocks(builder, address, stride, half):
+    """d and scales, dmin and minima, a lane a sub-block"""
     n_blocks = -(-W // 8)
     four = ir.VectorType(I32, 4)
     blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(n_blocks)]
     words = side_by_side(builder, blocks)  # of a block: d and dmin, then 12 bytes of 6-bit numbers
     halves, numbers = builder.bitcast(words, ir.VectorType(HALF, 8 * n_blocks)), _six_bits(builder, words)
-    result = ir.Constant(ir.ArrayType(F32_VECTOR, 2), ir.Undefined)
     for place in range(2):
         at = [4 * place + start + i for start in (0, 8) for i in range(4)]
         mine = shuffle(builder, numbers, numbers, [16 * block + i for block in range(n_blocks) for i in at])
@@ -189,9 +177,17 @@ def gather_sub_block_scales(builder, address, stride, half):
             both = [shuffle(builder, mine, mine, list(range(i, i + 4))) for i in (4, 0)]
             mine = builder.select(builder.trunc(half, ir.IntType(1)), *both)
             unit = shuffle(builder, unit, unit, list(range(4)))
-        unit = half_to_float(builder, unit, F32_VECTOR)
-        result = builder.insert_value(result, builder.fmul(unit, builder.uitofp(mine, F32_VECTOR)), place)
-    return result
+        yield half_to_float(builder, unit, F32_VECTOR), mine
+
+
+@vector_op(types.UniTuple(f32, 2), int64, int64, int64)
+def gather_sub_block_scales(builder, address, stride, half):
+    """Lane i, of sub-block i % 8 of the Q4_K or Q5_K block at address + (i // 8) * stride: d * scale and dmin * min
+
+    With four lanes, those of the given half of the block.
+    """
+    parts = _scales_of_blocks(builder, address, stride, half)
+    return as_tuple(builder, [builder.fmul(unit, builder.uitofp(numbers, F32_VECTOR)) for unit, numbers in parts])
 
 
 @vector_op(f32, int64, int64)
@@ -204,16 +200,16 @@ def repeat_f16(builder, address, stride):
     return side_by_side(builder, parts)
 
 
-def make_gather_f16(block_bytes, offset=0):
-    """gather(address): lane b is the float16 at `offset` of block b, of W blocks side by side"""
-    permute = LEVEL.bits == 512 and W * block_bytes % 32 == 0 and W * block_bytes <= 6 * 64
+def make_gather_f16(block_bytes, at):
+    """gather(address): lane b is the float16 at `at` in block b, of W blocks of an even number of bytes side by side"""
+    nbytes = W * block_bytes
+    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and nbytes <= 5 * 64  # of Q4_0 and Q4_1, who load them anyway
 
     @vector_op(f32, int64)
     def gather(builder, address):
         if not permute:
-            address = builder.add(address, ir.Constant(I64, offset))
-            return _gather_f16(builder, address, ir.Constant(I64, block_bytes))
-        words = _words(builder, address, W * block_bytes, [block_bytes * b + offset for b in range(W)])
+            return _gather_f16(builder, builder.add(address, ir.Constant(I64, at)), ir.Constant(I64, block_bytes))
+        words = _words(builder, address, nbytes, [block_bytes * block + at for block in range(W)])
         return half_to_float(builder, builder.bitcast(words, F16_VECTOR), F32_VECTOR)
 
     return gather

@@ -6,8 +6,8 @@ from llvmlite import ir
 from numba import types
 
 from ..scalar import I16, I32, I64
-from ..vector import call_llvm, constant, shuffle, vector_op
-from ..widths import block_of
+from ..vector import as_tuple, call_llvm, constant, shuffle, vector_op
+from ..widths import place_of
 from .memory import f32_at
 from .registers import (
     F32_VECTOR,
@@ -77,10 +77,7 @@ def transpose_4_values(builder, a, b, c, d):
 def transpose_4(builder, a, b, c, d):
     """Within each piece, the four 4-byte lanes of a, b, c, d transposed: result j holds lane j of a, b, c, d"""
     rows = transpose_4_values(builder, *(builder.bitcast(v, I32_VECTOR) for v in (a, b, c, d)))
-    result = ir.Constant(ir.ArrayType(I8_VECTOR, 4), ir.Undefined)
-    for j, row in enumerate(rows):
-        result = builder.insert_value(result, builder.bitcast(row, I8_VECTOR), j)
-    return result
+    return as_tuple(builder, [builder.bitcast(row, I8_VECTOR) for row in rows])
 
 
 @vector_op(bytes_, bytes_, bytes_)
@@ -102,8 +99,7 @@ def _halves(builder, a, b, first):
 
 
 EVEN, ODD = [0, 2, 4, 6], [1, 3, 5, 7]  # lanes of two pieces
-BLOCKS = [(vector, piece) for piece in range(PIECES) for vector in range(4)]
-BLOCKS.sort(key=lambda place: block_of(*place))  # in order: vector and piece of each
+PLACES = [place_of(block) for block in range(W)]
 
 
 def _sum_pairs(builder, a, b):
@@ -112,44 +108,39 @@ def _sum_pairs(builder, a, b):
 
 
 def _sum_pairs_i16(builder, a, b):
-    """x86: the same for lanes that fit 16 bits"""
+    """The same for lanes that fit 16 bits: fewer instructions on x86"""
+    if not LEVEL.name.startswith("avx"):
+        return _sum_pairs(builder, a, b)
     wide = LEVEL.bits == 512
     pack = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
-    return _add_words(builder, call_llvm(builder, pack, ir.VectorType(I16, 2 * W), a, b))
+    multiply_add = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
+    words = ir.VectorType(I16, 2 * W)
+    return call_llvm(builder, multiply_add, I32_VECTOR, call_llvm(builder, pack, words, a, b), constant(words, 1))
 
 
-def _add_words(builder, words):
-    """x86: the sums of the two int16 in each lane"""
-    name = "llvm.x86.avx512.pmaddw.d.512" if LEVEL.bits == 512 else "llvm.x86.avx2.pmadd.wd"
-    return call_llvm(builder, name, I32_VECTOR, words, constant(words.type, 1))
-
-
-def _sum_pairs_in_order(builder, ab, cd):
-    """What sum_pieces gives, from the two pairs' sums of each piece: ab has those of a, then of b, piece by piece"""
-    pairs = [vector // 2 * W + 4 * piece + vector % 2 * 2 for vector, piece in BLOCKS]
+def _sum_pieces(builder, a, b, c, d, sum_pairs):
+    ab, cd = sum_pairs(builder, a, b), sum_pairs(builder, c, d)
+    pairs = [vector // 2 * W + 4 * piece + vector % 2 * 2 for vector, piece in PLACES]
     return builder.add(*(shuffle(builder, ab, cd, [pair + i for pair in pairs]) for i in range(2)))
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces(builder, a, b, c, d):
-    """The sums of the four lanes of each piece, in the order of the blocks that widths.block_of says these are of"""
-    return _sum_pairs_in_order(builder, _sum_pairs(builder, a, b), _sum_pairs(builder, c, d))
+    """Lane b: the sum of the four lanes of the piece of a, b, c or d that widths.place_of says"""
+    return _sum_pieces(builder, a, b, c, d, _sum_pairs)
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces_i16(builder, a, b, c, d):
-    """sum_pieces for lanes that fit 16 bits: fewer instructions on x86"""
-    pairs = _sum_pairs_i16 if LEVEL.name.startswith("avx") else _sum_pairs
-    return _sum_pairs_in_order(builder, pairs(builder, a, b), pairs(builder, c, d))
+    """sum_pieces for lanes that fit 16 bits"""
+    return _sum_pieces(builder, a, b, c, d, _sum_pairs_i16)
 
 
 @vector_op(i32, i32, i32, i32, i32)
 def sum_pieces_small(builder, a, b, c, d):
-    """sum_pieces for lanes whose pairwise sums fit 16 bits: still fewer"""
-    if not LEVEL.name.startswith("avx"):
-        return _sum_pairs_in_order(builder, _sum_pairs(builder, a, b), _sum_pairs(builder, c, d))
+    """sum_pieces for lanes whose pairwise sums fit 16 bits"""
     sums = _sum_pairs_i16(builder, _sum_pairs_i16(builder, a, b), _sum_pairs_i16(builder, c, d))
-    return shuffle(builder, sums, sums, [4 * piece + vector for vector, piece in BLOCKS])
+    return shuffle(builder, sums, sums, [4 * piece + vector for vector, piece in PLACES])
 
 
 def make_transpose_square(load):

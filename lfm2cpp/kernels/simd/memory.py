@@ -8,7 +8,7 @@ from numba import types
 from ..portable import float_to_half, half_to_float
 from ..scalar import I32, I64
 from ..vector import call_llvm, constant, vector_op
-from ..widths import ASKED_NEAR, ASKED_ONCE
+from ..widths import AGAIN_NEAR, ASKED_NEAR
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
@@ -140,7 +140,7 @@ def prefetch_early(builder, address):
 def prefetch_again(builder, address):
     """Ask once more for the cache line at address of a stream, soon before its use, where that helps. Never faults"""
     if not ASKED_NEAR:
-        _prefetch(builder, address, SECOND_LEVEL if ASKED_ONCE else NEXT_TO_CORE)
+        _prefetch(builder, address, NEXT_TO_CORE if AGAIN_NEAR else SECOND_LEVEL)
 
 
 @vector_op(types.void, int64)

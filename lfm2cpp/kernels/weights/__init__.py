@@ -6,7 +6,9 @@ and sub_blocks.py are what several block types share. For a block type a module 
     dot_group(acc, w, act, n_groups, g, far)
                                acc + the products of the group at w, which may be a copy completed with zeros, with
                                group g of the activation row at act (activation.py: one token), lane = block; between
-                               its products it asks for what lies `far` bytes ahead (make_prefetches)
+                               its products it asks for what lies `far` bytes ahead (make_prefetches). Which blocks
+                               meet which activations, widths.place_of says: make_gathers has them for blocks of 32,
+                               sub_blocks.VECTORS for those of 256
     prepare_rows(w, row_bytes, n_blocks, room)
                                W rows of n_blocks * 32 elements as the next two take them: w, or the address of a copy
                                at `room`, of SCALES + N_SCALES * SUMS bytes (panel.py) for 32 columns at most

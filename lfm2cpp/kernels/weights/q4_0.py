@@ -15,7 +15,7 @@ N_SCALES = 1
 OFFSET = 8
 N_SUMS = 1
 QS = 2  # offset of the nibbles in a block
-gather_scales = make_gather_f16(BLOCK_BYTES)
+gather_scales = make_gather_f16(BLOCK_BYTES, 0)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES, QS)
 prepare_rows, finish_block = rows_in_file, scale_block
 

@@ -15,7 +15,7 @@ N_SCALES = 2  # and minima
 OFFSET = 0
 N_SUMS = 1
 M, QS = 2, 4  # offsets in a block: the minimum, the nibbles
-gather_scales, gather_minima = make_gather_f16(BLOCK_BYTES), make_gather_f16(BLOCK_BYTES, M)
+gather_scales, gather_minima = make_gather_f16(BLOCK_BYTES, 0), make_gather_f16(BLOCK_BYTES, M)
 sum_nibbles = make_sum_nibbles(BLOCK_BYTES, QS)
 prepare_rows, finish_block = rows_in_file, scale_and_add_block
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot2_u6
 from lfm2cpp.kernels.shares import make_prefetches
-from lfm2cpp.kernels.simd import (
-    W,
-    load_bytes,
-    splat_i32,
-    sum_pieces_small,
-)
+from lfm2cpp.kernels.simd import W, load_bytes, splat_i32, sum_pieces_small
 
 from .columns import make_columns, scale_and_add_block, sum_alone
 from .sub_blocks import (
@@ -38,19 +33,19 @@ prepare_rows, block_scales = make_prepare(BLOCK_BYTES)
 finish_block = scale_and_add_block
 
 
-def _make_dot(pieces):
-    gather = make_gather_quarters(pieces, BLOCK_BYTES)
+def _make_dot(sub_blocks):
+    gather = make_gather_quarters(sub_blocks, BLOCK_BYTES)
 
     @device
     def dot(qs, a):
-        """Four partial sums of each sub-block of a vector; qs: the nibbles of the group's first half block"""
-        low, high = gather(qs)
-        return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+        """Four partial sums of each of the sub-blocks; qs: where the group's nibbles begin"""
+        first, second = gather(qs)
+        return dot2_u6(splat_i32(0), first, load_bytes(a), second, load_bytes(a + 4 * W))
 
     return dot
 
 
-dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(sub_blocks) for sub_blocks in VECTORS)
 
 
 @device

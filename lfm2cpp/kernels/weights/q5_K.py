@@ -54,25 +54,25 @@ def _levels(qs, qh, j):
 columns = make_columns(_levels)
 
 
-def _make_dot(pieces):
-    gather = make_gather_quarters(pieces, BLOCK_BYTES)
-    gather_fifth = make_gather_halves([piece.block * BLOCK_BYTES for piece in pieces])
-    fifth = make_bits_by_piece([4 * piece.half + piece.quarter for piece in pieces], 1, 4)
+def _make_dot(sub_blocks):
+    gather = make_gather_quarters(sub_blocks, BLOCK_BYTES)
+    gather_fifth = make_gather_halves([block * BLOCK_BYTES for block, _, _ in sub_blocks])
+    fifth = make_bits_by_piece([4 * half + quarter for _, half, quarter in sub_blocks], 1, 4)
 
     @device
     def dot(w, half, a):
-        """Four partial sums of each sub-block of a vector; half: of the group"""
-        low, high = gather(w + QS + 64 * half)
-        fifth_low, fifth_high = gather_fifth(w + QH)
+        """Four partial sums of each of the sub-blocks; half: half_of_group"""
+        first, second = gather(w + QS + 64 * half)
+        qh_first, qh_second = gather_fifth(w + QH)
         if W == 4:
-            fifth_low, fifth_high = fifth_low >> (4 * half), fifth_high >> (4 * half)
-        low, high = low | fifth(fifth_low), high | fifth(fifth_high)
-        return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+            qh_first, qh_second = qh_first >> (4 * half), qh_second >> (4 * half)
+        first, second = first | fifth(qh_first), second | fifth(qh_second)
+        return dot2_u6(splat_i32(0), first, load_bytes(a), second, load_bytes(a + 4 * W))
 
     return dot
 
 
-dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(sub_blocks) for sub_blocks in VECTORS)
 
 
 @device

@@ -62,24 +62,24 @@ def _bits(ql, qh, quarter):
 columns = make_columns(_bits)
 
 
-def _make_dot(pieces):
-    places = [block * BLOCK_BYTES + 64 * half + quarter % 2 * 32 for block, half, quarter in pieces]
-    gather = make_gather_nibbles(places, [piece.quarter // 2 for piece in pieces])
-    gather_high_bits = make_gather_halves([piece.block * BLOCK_BYTES + 32 * piece.half for piece in pieces])
-    high_bits = make_bits_by_piece([2 * piece.quarter for piece in pieces], 3, 4)
+def _make_dot(quarters):
+    places = [block * BLOCK_BYTES + 64 * half + quarter % 2 * 32 for block, half, quarter in quarters]
+    gather = make_gather_nibbles(places, [quarter // 2 for _, _, quarter in quarters])
+    gather_high = make_gather_halves([block * BLOCK_BYTES + 32 * half for block, half, _ in quarters])
+    high_bits = make_bits_by_piece([2 * quarter for _, _, quarter in quarters], 3, 4)
 
     @device
     def dot(ql, qh, a):
-        """Four partial sums of the first 16 of each quarter of a vector, and of the others"""
-        low, high = gather(ql)
-        low_high, high_high = gather_high_bits(qh)
-        low, high = low | high_bits(low_high), high | high_bits(high_high)
-        return dot_u7(splat_i32(0), low, load_bytes(a)), dot_u7(splat_i32(0), high, load_bytes(a + 4 * W))
+        """Four partial sums of the first 16 of each of these quarters, and of the others"""
+        first, second = gather(ql)
+        qh_first, qh_second = gather_high(qh)
+        first, second = first | high_bits(qh_first), second | high_bits(qh_second)
+        return dot_u7(splat_i32(0), first, load_bytes(a)), dot_u7(splat_i32(0), second, load_bytes(a + 4 * W))
 
     return dot
 
 
-dot_0, dot_1, dot_2, dot_3 = (_make_dot(pieces) for pieces in VECTORS)
+dot_0, dot_1, dot_2, dot_3 = (_make_dot(quarters) for quarters in VECTORS)
 
 
 @device

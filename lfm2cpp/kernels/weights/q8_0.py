@@ -13,7 +13,6 @@ from lfm2cpp.kernels.simd import (
     load_bytes,
     load_f32,
     load_i32,
-    make_gather_f16,
     make_gathers,
     splat_i32,
     sum_pieces,
@@ -30,7 +29,6 @@ N_SUMS = 1
 QS = 2  # offset of the integers in a block
 low_0, low_1, low_2, low_3 = make_gathers(BLOCK_BYTES, QS)
 high_0, high_1, high_2, high_3 = make_gathers(BLOCK_BYTES, QS + 16)
-gather_scales = make_gather_f16(BLOCK_BYTES)
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4)
 prepare_rows, finish_block = rows_in_file, scale_block
 
@@ -59,7 +57,7 @@ def dot_group(acc, w, act, n_groups, g, far):
     s3 = _dot_pair(low_3(w), high_3(w), a + 24 * W)
     tables = act + g * (4 * W)
     sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z128)
-    scale = gather_scales(w) * load_f32(tables + n_groups * ACT_D)
+    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
     return fma(to_f32(sums), scale, acc)
 
 

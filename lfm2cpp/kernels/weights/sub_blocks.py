@@ -45,21 +45,21 @@ def half_of_group(g):
     return g % 2 if W == 4 else 0
 
 
-class Piece(NamedTuple):
-    """Which block of a group it is of, which half of that (for W = 4: 0, what half_of_group adds to), and which quarter
-    of the half: a sub-block."""
+class SubBlock(NamedTuple):
+    """One of a group: which block, which half of it (for W = 4 a group is a half, called 0: half_of_group says which of
+    its block), which quarter of the half."""
 
     block: int
     half: int
     quarter: int
 
 
-def _piece(sub_block: int) -> Piece:
-    return Piece(sub_block // 8, sub_block // 4 % 2, sub_block % 4)
+def _sub_block(number: int) -> SubBlock:
+    return SubBlock(number // 8, number // 4 % 2, number % 4)
 
 
-# Of the vectors that activation.py has pairs of: the pieces.
-VECTORS = [[_piece(block_of(vector, piece)) for piece in range(PIECES)] for vector in range(4)]
+# VECTORS[pair][piece]: which one it is that meets this piece of this pair of activation vectors.
+VECTORS = [[_sub_block(block_of(pair, piece)) for piece in range(PIECES)] for pair in range(4)]
 
 
 def make_row_group(block_bytes: int) -> Any:
@@ -71,13 +71,13 @@ def make_row_group(block_bytes: int) -> Any:
     return row_group
 
 
-def make_gather_quarters(pieces: list[Piece], block_bytes: int) -> Any:
-    """gather(qs): the nibbles of a vector's sub-blocks, those of their first 16 elements and of the others, a byte each
+def make_gather_quarters(sub_blocks: list[SubBlock], block_bytes: int) -> Any:
+    """gather(qs): the nibbles of PIECES sub-blocks, those of their first 16 elements and of the others, a byte each
 
-    qs: the nibbles of the group's first half block.
+    qs: where the group's nibbles begin.
     """
-    places = [block * block_bytes + 64 * half + quarter // 2 * 32 for block, half, quarter in pieces]
-    return make_gather_nibbles(places, [piece.quarter % 2 for piece in pieces])
+    places = [block * block_bytes + 64 * half + quarter // 2 * 32 for block, half, quarter in sub_blocks]
+    return make_gather_nibbles(places, [sub_block.quarter % 2 for sub_block in sub_blocks])
 
 
 def make_add_group(block_bytes: int) -> Any:
