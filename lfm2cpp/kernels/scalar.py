@@ -81,6 +81,24 @@ def f32_of_bits(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def far_offset(typingctx: Any, offset: Any) -> Any:
+    """A constant offset to an address that is used beside it with small ones.
+
+    An address of ARM's holds small offsets only, and LLVM might choose the far address to begin with: then every other
+    one takes an instruction of its own. So it does not learn there what the offset is.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        if not level.is_arm64():
+            return args[0]
+        hidden = builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [args[0]], side_effect=False)
+        hidden.attributes.add("readnone")
+        return hidden
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def keep_apart(typingctx: Any) -> Any:
     """First line of a large helper: LLVM must not inline it, so that its inner loop has all registers to itself.
 

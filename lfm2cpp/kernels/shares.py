@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .compiler import device
-from .scalar import atomic_load, compare_and_swap
+from .scalar import atomic_load, compare_and_swap, far_offset
 from .simd import make_prefetch_lines
 from .widths import AGAIN_NEAR, ASKED_NEAR, FLOAT_STREAMED_TOKENS, LINE, W
 
@@ -88,7 +88,7 @@ def _make_prefetch(lines: list[int]) -> Any:
 
     @device
     def ask(address, far):
-        ask_again(address + distance)
+        ask_again(address + far_offset(distance))
         ask_early(address + far)
 
     return ask

@@ -13,6 +13,7 @@ from .arithmetic import bits_by_piece
 from .registers import (
     F16_VECTOR,
     F32_VECTOR,
+    I8_LANES,
     I8_VECTOR,
     I32_VECTOR,
     LEVEL,
@@ -162,9 +163,29 @@ def _six_bits(builder, words):
     return builder.bitcast(builder.or_(low, high), ir.VectorType(ir.IntType(8), 16 * n_blocks))
 
 
-def _scales_of_blocks(builder, address, stride, half):
-    """d and scales, dmin and minima, a lane a sub-block"""
-    n_blocks = -(-W // 8)
+def _scales_of_half(builder, address, half):
+    """For the half block that a group of four lanes is: d and four scales, dmin and four minima, by a scalar unit"""
+    first, second, third = (load_vector(builder, builder.add(address, ir.Constant(I64, at)), I32) for at in (4, 8, 12))
+    is_second = builder.trunc(half, ir.IntType(1))
+
+    def choose(of_second, of_first):
+        return builder.select(is_second, of_second, of_first)
+
+    def four(mask):
+        return ir.Constant(I32, 0x01010101 * mask)
+
+    low_bits, high_bits = choose(four(15), four(63)), choose(four(48), four(0))
+    scales, minima = choose(third, first), choose(builder.lshr(third, ir.Constant(I32, 4)), second)
+    for place, low, high in ((0, scales, first), (2, minima, second)):
+        high = builder.and_(builder.lshr(high, ir.Constant(I32, 2)), high_bits)
+        numbers = builder.or_(builder.and_(low, low_bits), high)
+        unit = half_to_float(builder, load_vector(builder, builder.add(address, ir.Constant(I64, place)), HALF), FLOAT)
+        yield splat(builder, unit, W), builder.bitcast(numbers, I8_LANES)
+
+
+def _scales_of_blocks(builder, address, stride):
+    """For whole blocks: d and scales, dmin and minima, a lane a sub-block"""
+    n_blocks = W // 8
     four = ir.VectorType(I32, 4)
     blocks = [load_vector(builder, offset(builder, address, (i, stride)), four) for i in range(n_blocks)]
     words = side_by_side(builder, blocks)  # of a block: d and dmin, then 12 bytes of 6-bit numbers
@@ -173,10 +194,6 @@ def _scales_of_blocks(builder, address, stride, half):
         at = [4 * place + start + i for start in (0, 8) for i in range(4)]
         mine = shuffle(builder, numbers, numbers, [16 * block + i for block in range(n_blocks) for i in at])
         unit = shuffle(builder, halves, halves, [8 * block + place for block in range(n_blocks) for _ in at])
-        if W == 4:
-            both = [shuffle(builder, mine, mine, list(range(i, i + 4))) for i in (4, 0)]
-            mine = builder.select(builder.trunc(half, ir.IntType(1)), *both)
-            unit = shuffle(builder, unit, unit, list(range(4)))
         yield half_to_float(builder, unit, F32_VECTOR), mine
 
 
@@ -186,8 +203,9 @@ def gather_sub_block_scales(builder, address, stride, half):
 
     With four lanes, those of the given half of the block.
     """
-    parts = _scales_of_blocks(builder, address, stride, half)
-    return as_tuple(builder, [builder.fmul(unit, builder.uitofp(numbers, F32_VECTOR)) for unit, numbers in parts])
+    parts = _scales_of_half(builder, address, half) if W == 4 else _scales_of_blocks(builder, address, stride)
+    values = [builder.fmul(unit, builder.uitofp(numbers, F32_VECTOR)) for unit, numbers in parts]
+    return as_tuple(builder, values)
 
 
 @vector_op(f32, int64, int64)
