@@ -19,9 +19,9 @@ from numba import types
 from numba.core import cgutils
 
 from .scalar import I8, I64, pointer
-from .simd.registers import I8_VECTOR, I32_VECTOR, bytes_
-from .tile import BLOCK, VECTOR, IntegerWords, load_at
-from .vector import call_llvm, constant, vector_op
+from .simd.registers import I8_VECTOR, I32_VECTOR, bytes_, load_at
+from .tile import BLOCK, VECTOR, IntegerWords
+from .vector import call_llvm, constant, pack, unpack, vector_op
 from .widths import MATRICES, PANEL_SUMS, TILE_TOKENS
 
 int64 = types.int64
@@ -60,9 +60,8 @@ def make_panel_columns(offset: int) -> Any:
     @vector_op(eight, eight)
     def panel_columns(builder, columns):
         if MATRICES and offset:
-            for i in range(8):
-                value = builder.sub(builder.extract_value(columns, i), constant(I8_VECTOR, offset))
-                columns = builder.insert_value(columns, value, i)
+            taken_off = constant(I8_VECTOR, offset)
+            columns = pack(builder, [builder.sub(vector, taken_off) for vector in unpack(builder, columns)])
         return columns
 
     return panel_columns

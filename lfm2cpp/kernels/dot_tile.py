@@ -42,9 +42,9 @@ from .dot import (
 from .dot_matrix import matrix_words
 from .portable import multiply_add
 from .scalar import FLOAT, I32, I64
-from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, i32, load_vector, store_vector
-from .tile import BLOCK, ENTRY, VECTOR, IntegerWords, load_at, pack, unpack
-from .vector import shuffle, splat, vector_op
+from .simd.registers import F32_VECTOR, I8_VECTOR, I32_VECTOR, W, bytes_, f32, i32, load_at, load_vector, store_vector
+from .tile import BLOCK, ENTRY, VECTOR, IntegerWords
+from .vector import pack, shuffle, splat, unpack, vector_op
 from .widths import FLOATS_IN_MEMORY, MATRICES, PAIR_SUMS, PAIRS, TILE_TOKENS
 
 int64 = types.int64

@@ -18,8 +18,8 @@ from .dot import dot_bf16_value
 from .portable import multiply_add
 from .scalar import FLOAT, I64
 from .simd.memory import f16_at, f32_at
-from .simd.registers import F32_VECTOR, I8_LANES, W, f32, load_vector, store_vector
-from .vector import splat, vector_op
+from .simd.registers import F32_VECTOR, I8_LANES, W, f32, load_at, load_vector, store_vector
+from .vector import pack, splat, unpack, vector_op
 
 int64 = types.int64
 VECTOR = 4 * W  # bytes of a vector
@@ -51,21 +51,6 @@ class Tile:
     load: Any  # (address, stride) -> rows of 2 W float32, `stride` bytes apart
     store: Any  # (address, stride, f): the same
     add: Any  # (f, g) -> f + g
-
-
-def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.Type) -> ir.Value:
-    return load_vector(builder, builder.add(address, ir.Constant(I64, offset)), vector)
-
-
-def unpack(builder: ir.IRBuilder, tile: ir.Value) -> list[ir.Value]:
-    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
-
-
-def pack(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
-    tile = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
-    for i, value in enumerate(values):
-        tile = builder.insert_value(tile, value, i)
-    return tile
 
 
 def _load_i8(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:

@@ -80,12 +80,16 @@ def constant(vector: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, v) for v in values])
 
 
-def as_tuple(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
-    """Values of one type as what a word returns of a types.UniTuple."""
-    result = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+def pack(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    """Values of one type as a types.UniTuple: what a word returns, or a tile (tile.py)."""
+    several = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
     for i, value in enumerate(values):
-        result = builder.insert_value(result, value, i)
-    return result
+        several = builder.insert_value(several, value, i)
+    return several
+
+
+def unpack(builder: ir.IRBuilder, several: ir.Value) -> list[ir.Value]:
+    return [builder.extract_value(several, i) for i in range(several.type.count)]
 
 
 def shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:

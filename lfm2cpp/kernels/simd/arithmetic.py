@@ -7,7 +7,7 @@ from numba import types
 
 from ..portable import multiply_add
 from ..scalar import I16, I32, I64
-from ..vector import as_tuple, call_llvm, constant, splat, vector_op
+from ..vector import call_llvm, constant, pack, splat, vector_op
 from ..widths import BIT_MATRICES
 from .registers import (
     F32_VECTOR,
@@ -145,7 +145,7 @@ def i8_of_lanes(builder, a, i):
     two_bytes, three_bytes = (constant(I32_VECTOR, n) for n in (16, 24))
     first = builder.ashr(builder.shl(from_i, three_bytes), three_bytes)
     second = builder.ashr(builder.shl(from_i, two_bytes), three_bytes)
-    return as_tuple(builder, [builder.sitofp(value, F32_VECTOR) for value in (first, second)])
+    return pack(builder, [builder.sitofp(value, F32_VECTOR) for value in (first, second)])
 
 
 @vector_op(bytes_, bytes_)

@@ -7,7 +7,7 @@ from numba import types
 
 from ..portable import half_to_float
 from ..scalar import FLOAT, HALF, I16, I32, I64
-from ..vector import as_tuple, constant, shuffle, splat, vector_op
+from ..vector import constant, pack, shuffle, splat, vector_op
 from ..widths import block_of
 from .arithmetic import bits_by_piece
 from .registers import (
@@ -23,26 +23,24 @@ from .registers import (
     f32,
     i32,
     int64,
+    load_at,
     load_vector,
     offset,
     side_by_side,
 )
 
-
-def _pieces(builder, addresses):
-    """16-byte pieces from these addresses, side by side."""
-    piece = ir.VectorType(ir.IntType(8), 16)
-    return side_by_side(builder, [load_vector(builder, address, piece) for address in addresses])
+PIECE = ir.VectorType(ir.IntType(8), 16)
 
 
 @vector_op(bytes_, int64, int64)
 def gather_pieces(builder, address, stride):
     """Piece i is the 16 bytes at address + i * stride"""
-    return _pieces(builder, [offset(builder, address, (i, stride)) for i in range(PIECES)])
+    starts = [offset(builder, address, (i, stride)) for i in range(PIECES)]
+    return side_by_side(builder, [load_vector(builder, start, PIECE) for start in starts])
 
 
 def _pieces_at(builder, address, places):
-    return _pieces(builder, [builder.add(address, ir.Constant(I64, place)) for place in places])
+    return side_by_side(builder, [load_at(builder, address, place, PIECE) for place in places])
 
 
 def make_gathers(block_bytes, at):
@@ -79,10 +77,9 @@ def _words(builder, address, nbytes, places):
     whole, half = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
 
     def load(number):
-        start = builder.add(address, ir.Constant(I64, 64 * number))
         if 64 * (number + 1) <= nbytes:
-            return load_vector(builder, start, whole)
-        value = load_vector(builder, start, half)
+            return load_at(builder, address, 64 * number, whole)
+        value = load_at(builder, address, 64 * number, half)
         return shuffle(builder, value, value, list(range(32)))
 
     numbers = sorted({at // 64 for at in places})
@@ -103,7 +100,7 @@ def make_gather_halves(places):
     @vector_op(types.UniTuple(bytes_, 2), int64)
     def gather(builder, address):
         halves = [[place + start for place in places] for start in (0, 16)]
-        return as_tuple(builder, [_pieces_at(builder, address, half) for half in halves])
+        return pack(builder, [_pieces_at(builder, address, half) for half in halves])
 
     return gather
 
@@ -127,10 +124,10 @@ def make_gather_nibbles(places, is_high):
     @vector_op(types.UniTuple(bytes_, 2), int64)
     def gather(builder, address):
         if LEVEL.bits < 512:
-            return as_tuple(builder, [of_pieces(builder, address, start) for start in (0, 16)])
-        whole = load_vector(builder, builder.add(address, ir.Constant(I64, first)), I8_VECTOR)
+            return pack(builder, [of_pieces(builder, address, start) for start in (0, 16)])
+        whole = load_at(builder, address, first, I8_VECTOR)
         low, high = builder.and_(whole, constant(I8_VECTOR, 15)), builder.lshr(whole, constant(I8_VECTOR, 4))
-        return as_tuple(builder, [of_whole(builder, low, high, start) for start in (0, 16)])
+        return pack(builder, [of_whole(builder, low, high, start) for start in (0, 16)])
 
     return gather
 
@@ -143,7 +140,7 @@ def gather_i8_pairs(builder, address, stride):
     pairs = builder.sext(side_by_side(builder, runs), I32_VECTOR)
     eight, three_bytes = constant(I32_VECTOR, 8), constant(I32_VECTOR, 24)
     first = builder.ashr(builder.shl(pairs, three_bytes), three_bytes)
-    return as_tuple(builder, [first, builder.ashr(pairs, eight)])
+    return pack(builder, [first, builder.ashr(pairs, eight)])
 
 
 def _six_bits(builder, words):
@@ -165,7 +162,7 @@ def _six_bits(builder, words):
 
 def _scales_of_half(builder, address, half):
     """For the half block that a group of four lanes is: d and four scales, dmin and four minima, by a scalar unit"""
-    first, second, third = (load_vector(builder, builder.add(address, ir.Constant(I64, at)), I32) for at in (4, 8, 12))
+    first, second, third = (load_at(builder, address, at, I32) for at in (4, 8, 12))
     is_second = builder.trunc(half, ir.IntType(1))
 
     def choose(of_second, of_first):
@@ -179,7 +176,7 @@ def _scales_of_half(builder, address, half):
     for place, low, high in ((0, scales, first), (2, minima, second)):
         high = builder.and_(builder.lshr(high, ir.Constant(I32, 2)), high_bits)
         numbers = builder.or_(builder.and_(low, low_bits), high)
-        unit = half_to_float(builder, load_vector(builder, builder.add(address, ir.Constant(I64, place)), HALF), FLOAT)
+        unit = half_to_float(builder, load_at(builder, address, place, HALF), FLOAT)
         yield splat(builder, unit, W), builder.bitcast(numbers, I8_LANES)
 
 
@@ -205,7 +202,7 @@ def gather_sub_block_scales(builder, address, stride, half):
     """
     parts = _scales_of_half(builder, address, half) if W == 4 else _scales_of_blocks(builder, address, stride)
     values = [builder.fmul(unit, builder.uitofp(numbers, F32_VECTOR)) for unit, numbers in parts]
-    return as_tuple(builder, values)
+    return pack(builder, values)
 
 
 @vector_op(f32, int64, int64)

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from ..scalar import I16, I32, I64
-from ..vector import as_tuple, call_llvm, constant, shuffle, vector_op
+from ..vector import call_llvm, constant, pack, shuffle, vector_op
 from ..widths import place_of
 from .memory import f32_at
 from .registers import (
@@ -77,7 +77,7 @@ def transpose_4_values(builder, a, b, c, d):
 def transpose_4(builder, a, b, c, d):
     """Within each piece, the four 4-byte lanes of a, b, c, d transposed: result j holds lane j of a, b, c, d"""
     rows = transpose_4_values(builder, *(builder.bitcast(v, I32_VECTOR) for v in (a, b, c, d)))
-    return as_tuple(builder, [builder.bitcast(row, I8_VECTOR) for row in rows])
+    return pack(builder, [builder.bitcast(row, I8_VECTOR) for row in rows])
 
 
 @vector_op(bytes_, bytes_, bytes_)
@@ -114,10 +114,10 @@ def _sum_pairs_i16(builder, a, b):
     if not LEVEL.name.startswith("avx"):
         return _sum_pairs(builder, a, b)
     wide = LEVEL.bits == 512
-    pack = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
+    pack_words = "llvm.x86.avx512.packssdw.512" if wide else "llvm.x86.avx2.packssdw"
     multiply_add = "llvm.x86.avx512.pmaddw.d.512" if wide else "llvm.x86.avx2.pmadd.wd"
     words = ir.VectorType(I16, 2 * W)
-    return call_llvm(builder, multiply_add, I32_VECTOR, call_llvm(builder, pack, words, a, b), constant(words, 1))
+    return call_llvm(builder, multiply_add, I32_VECTOR, call_llvm(builder, pack_words, words, a, b), constant(words, 1))
 
 
 def _sum_pieces(builder, a, b, c, d, sum_pairs):

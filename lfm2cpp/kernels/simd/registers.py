@@ -24,6 +24,11 @@ def load_vector(builder, address, vector, align=1):
     return builder.load(pointer(builder, address, vector), align=align)
 
 
+def load_at(builder, address, at, vector):
+    """From `at` bytes behind address"""
+    return load_vector(builder, builder.add(address, ir.Constant(I64, at)), vector)
+
+
 def store_vector(builder, address, value):
     builder.store(value, pointer(builder, address, value.type), align=1)
 
