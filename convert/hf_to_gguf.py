@@ -200,9 +200,9 @@ def _write(
     inputs = sorted({tensor.path for tensor in checkpoint.tensors})
     check_destination(result.path, size=result.nbytes, force=options.force, inputs=inputs)
     if block_types := {tensor.ggml_type for tensor in writes} - set(NATIVE):
-        from quant.encode import load_kernels
+        from quant.encode import kernel_name, load_kernels
 
-        load_kernels(block_types)
+        load_kernels(kernel_name(t) for t in block_types)
     total = sum(tensor.nbytes for tensor in writes)
     with Progress(f"writing {result.path.name}", total=total, unit="B") as bar:
         write_gguf(result.path, result.metadata, writes, force=options.force, progress=bar.update, inputs=inputs)

@@ -6,7 +6,7 @@ import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -22,11 +22,14 @@ TYPES = "\n".join(f"  {recipe.name:6} {recipe.summary}" for recipe in RECIPES.va
 # Unknown options reach parse_arguments, which takes -1 for a bad number of threads.
 @click.command(epilog=f"\b\nTypes:\n{TYPES}", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
+@click.option(
+    "--imatrix", metavar="FILE", type=click.Path(), help="Weigh errors by the importances of llama-imatrix in FILE."
+)
 @click.option("--pure", is_flag=True, help="The base type for every matrix; refused where rows do not fit it.")
 @click.option("--dry-run", is_flag=True, help="Show what would become of each tensor; write nothing.")
 @click.option("--allow-requantize", is_flag=True, help="Accept a source that is quantized already; loses quality.")
 @click.option("--force", is_flag=True, help="Replace OUT.gguf if it exists.")
-def quantize(arguments: tuple[str, ...], dry_run: bool, **options: bool) -> None:
+def quantize(arguments: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Store a model in fewer bits: the same file as llama-quantize.
 
     Without OUT.gguf the result is ggml-model-TYPE.gguf beside IN.gguf. NTHREADS is by default every CPU.

@@ -1,6 +1,7 @@
 """float32 rows -> the bytes of any type that can be written, and stored rows -> float32.
 
-The block types' encoders are kernels (legacy.py, k_quants.py), loaded when first needed; F32, F16 and BF16 are NumPy.
+The block types' encoders are kernels (legacy.py, k_quants.py; legacy_weighted.py), loaded when first needed; F32, F16
+and BF16 are NumPy. Importances, one float32 for each column of a matrix, change what the searches of all but Q8_0 find.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ KERNELS: dict[GGMLType, str] = {
     GGMLType.Q5_K: "quant.k_quants:quantize_blocks_q5_K",
     GGMLType.Q6_K: "quant.k_quants:quantize_blocks_q6_K",
 }
+# Of rows whose columns have importances.
+WEIGHTED_KERNELS: dict[GGMLType, str] = KERNELS | {
+    t: KERNELS[t].replace("legacy", "legacy_weighted")
+    for t in (GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1)
+}
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 ENCODABLE = (*FLOAT_TYPES, *KERNELS)
 SLAB_ELEMENTS = 1 << 20  # of a thread's unit of work: 4 MB of float32
@@ -40,25 +46,32 @@ class EncodingError(LFM2Error):
 
 
 def encode_rows(
-    rows: F32, ggml_type: GGMLType, n_threads: int = 1, *, name: str = "tensor", first_row: int = 0
+    rows: F32,
+    ggml_type: GGMLType,
+    n_threads: int = 1,
+    *,
+    name: str = "tensor",
+    first_row: int = 0,
+    importance: F32 | None = None,
 ) -> U8:
     """Rows (n_rows, n_per_row) -> their stored bytes, uint8 (n_rows, row_nbytes).
 
+    importance: contiguous float32 (n_per_row,), finite and not negative: how much an error in a column counts.
     The bytes do not depend on `n_threads`. Raises EncodingError for NaN, infinity, or a value too large for the type;
     it names the tensor by `name` and the row counted from `first_row`.
     """
     rows = np.ascontiguousarray(rows, np.float32)
     n_rows, n_per_row = rows.shape
     out = np.empty((n_rows, row_nbytes(ggml_type, n_per_row)), np.uint8)
-    load_kernels([ggml_type])
+    load_kernels([kernel_name(ggml_type, importance)])
     slabs = list(row_slabs(n_rows, n_per_row))
     if n_threads == 1 or len(slabs) < 2:
         for start, stop in slabs:
-            encode_into(rows[start:stop], ggml_type, out[start:stop], name, first_row + start)
+            encode_into(rows[start:stop], ggml_type, out[start:stop], name, first_row + start, importance)
         return out
     with ThreadPoolExecutor(n_threads) as pool:
         jobs = [
-            pool.submit(encode_into, rows[start:stop], ggml_type, out[start:stop], name, first_row + start)
+            pool.submit(encode_into, rows[start:stop], ggml_type, out[start:stop], name, first_row + start, importance)
             for start, stop in slabs
         ]
         for job in jobs:  # in order, so that of several errors the first row's is raised
@@ -82,13 +95,18 @@ def row_slabs(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
         yield start, min(n_rows, start + step)
 
 
-def load_kernels(ggml_types: Iterable[GGMLType]) -> None:
-    """Have the encoders of these types ready; the first time on a machine they are compiled, which is noted."""
-    names = [KERNELS[t] for t in ggml_types if t in KERNELS]
-    if names:
+def kernel_name(ggml_type: GGMLType, importance: F32 | None = None) -> str | None:
+    """Of the encoder, if it is a kernel."""
+    return (KERNELS if importance is None else WEIGHTED_KERNELS).get(ggml_type)
+
+
+def load_kernels(names: Iterable[str | None]) -> None:
+    """Have these encoders ready; the first time on a machine they are compiled, which is noted."""
+    wanted = sorted({name for name in names if name})
+    if wanted:
         from lfm2cpp.kernels.library import library
 
-        library().load(names, _note_compilation)
+        library().load(wanted, _note_compilation)
 
 
 def _note_compilation(name: str, done: int, total: int) -> None:
@@ -96,10 +114,13 @@ def _note_compilation(name: str, done: int, total: int) -> None:
         note(f"compiling {total} encoder{'s'[: total > 1]}; this happens once on a machine")
 
 
-def encode_into(rows: F32, ggml_type: GGMLType, out: U8, name: str, first_row: int) -> None:
+def encode_into(
+    rows: F32, ggml_type: GGMLType, out: U8, name: str, first_row: int, importance: F32 | None = None
+) -> None:
     """Encode contiguous rows into `out` (n_rows, row_nbytes), which belongs to this call alone."""
-    if ggml_type in KERNELS:
-        block_index = _encode_blocks(rows, ggml_type, out)
+    kernel = kernel_name(ggml_type, importance)
+    if kernel:
+        block_index = _encode_blocks(kernel, rows, TRAITS[ggml_type].block_size, out, importance)
     else:
         _ENCODE_FLOATS[ggml_type](rows, out)
         bad = non_finite_blocks(out.reshape(-1, TRAITS[ggml_type].type_size), ggml_type)
@@ -108,14 +129,20 @@ def encode_into(rows: F32, ggml_type: GGMLType, out: U8, name: str, first_row: i
         raise _refusal(rows, ggml_type, block_index, name, first_row)
 
 
-def _encode_blocks(rows: F32, ggml_type: GGMLType, out: U8) -> int:
+def _encode_blocks(kernel: str, rows: F32, block_size: int, out: U8, importance: F32 | None) -> int:
     """-1, or the index of the first block that was refused."""
     from lfm2cpp.kernels.library import library
 
-    kernel = library().load([KERNELS[ggml_type]])[KERNELS[ggml_type]]
-    bad = np.zeros(1, np.int64)
-    n_blocks = rows.size // TRAITS[ggml_type].block_size
-    kernel({"src": rows.ctypes.data, "dst": out.ctypes.data, "n_blocks": n_blocks, "bad": bad.ctypes.data})
+    bad, n_per_row = np.zeros(1, np.int64), rows.shape[1]
+    assert importance is None or (importance.dtype == np.float32 and importance.shape == (n_per_row,))
+    library().load([kernel])[kernel]({
+        "src": rows.ctypes.data,
+        "dst": out.ctypes.data,
+        "n_blocks": rows.size // block_size,
+        "row_blocks": n_per_row // block_size,
+        "importance": 0 if importance is None else importance.ctypes.data,
+        "bad": bad.ctypes.data,
+    })
     return int(bad[0])
 
 

@@ -13,6 +13,8 @@ from lfm2cpp.kernels.compiler import device, kernel
 from lfm2cpp.kernels.scalar import load_f32, store_i16, store_i32, store_i64
 
 from .vectors import (
+    INFINITY,
+    MAGNITUDE,
     as_float,
     bits,
     f16_of_f32,
@@ -31,8 +33,6 @@ from .vectors import (
 )
 
 SIGN = -0x80000000
-MAGNITUDE = 0x7FFFFFFF
-INFINITY = 0x7F800000
 HALF_EXPONENT = 0x7C00  # all set in a half that is infinite or NaN
 # 0.5 less one bit, as bits: adding 0.5 itself would carry 0.49999997 up to 1.
 ALMOST_HALF = 0x3EFFFFFF
@@ -101,6 +101,39 @@ def affine_levels(src, n_levels):
     return h, m, lesser(truncated((x - low_x) * inverse(d)[0] + np.float32(0.5)), n_levels - 1)
 
 
+# A block of each type from its scale, its minimum (both as halves' bits) and its levels
+
+
+@device
+def store_q4_0(out, d, levels):
+    store_i16(out, d)
+    store_nibbles(out + 2, levels)
+
+
+@device
+def store_q5_0(out, d, levels):
+    """The fifth bits are in a word of their own."""
+    store_i16(out, d)
+    store_i32(out + 2, mask_bits(levels > 15))
+    store_nibbles(out + 6, levels)
+
+
+@device
+def store_q4_1(out, d, m, levels):
+    store_i16(out, d)
+    store_i16(out + 2, m)
+    store_nibbles(out + 4, levels)
+
+
+@device
+def store_q5_1(out, d, m, levels):
+    """The fifth bits are in a word of their own."""
+    store_i16(out, d)
+    store_i16(out + 2, m)
+    store_i32(out + 4, mask_bits(levels > 15))
+    store_nibbles(out + 8, levels)
+
+
 @kernel
 def quantize_blocks_q8_0(src, dst, n_blocks, bad):
     """d = max |x| / 127; q = x / d, rounded half away from zero"""
@@ -127,23 +160,20 @@ def quantize_blocks_q4_0(src, dst, n_blocks, bad):
         if d < 0:
             store_i64(bad, ib)
             return
-        store_i16(out, d)
-        store_nibbles(out + 2, levels)
+        store_q4_0(out, d, levels)
     store_i64(bad, -1)
 
 
 @kernel
 def quantize_blocks_q5_0(src, dst, n_blocks, bad):
-    """d = x_max / -16; q = x / d + 16, its fifth bits in a word of their own"""
+    """d = x_max / -16; q = x / d + 16"""
     for ib in range(n_blocks):
         out = dst + 22 * ib
         d, levels = signed_levels(src + 128 * ib, 16)
         if d < 0:
             store_i64(bad, ib)
             return
-        store_i16(out, d)
-        store_i32(out + 2, mask_bits(levels > 15))
-        store_nibbles(out + 6, levels)
+        store_q5_0(out, d, levels)
     store_i64(bad, -1)
 
 
@@ -156,23 +186,18 @@ def quantize_blocks_q4_1(src, dst, n_blocks, bad):
         if d < 0:
             store_i64(bad, ib)
             return
-        store_i16(out, d)
-        store_i16(out + 2, m)
-        store_nibbles(out + 4, levels)
+        store_q4_1(out, d, m, levels)
     store_i64(bad, -1)
 
 
 @kernel
 def quantize_blocks_q5_1(src, dst, n_blocks, bad):
-    """d = (max - min) / 31, m = min; q = (x - m) / d, its fifth bits in a word of their own"""
+    """d = (max - min) / 31, m = min; q = (x - m) / d"""
     for ib in range(n_blocks):
         out = dst + 24 * ib
         d, m, levels = affine_levels(src + 128 * ib, 32)
         if d < 0:
             store_i64(bad, ib)
             return
-        store_i16(out, d)
-        store_i16(out + 2, m)
-        store_i32(out + 4, mask_bits(levels > 15))
-        store_nibbles(out + 8, levels)
+        store_q5_1(out, d, m, levels)
     store_i64(bad, -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +27,23 @@ from lfm2cpp.ggml import QUANTIZATION_VERSION, TRAITS, FileType, GGMLType, row_n
 from lfm2cpp.gguf import GGUFFile, Metadata, TensorToWrite, Value, gguf_size, read_gguf, write_gguf
 from lfm2cpp.gguf.check import non_finite_blocks
 
-from .encode import ENCODABLE, FLOAT_TYPES, U8, EncodingError, decode_rows, encode_into, load_kernels, row_slabs
-from .recipe import Choice, Recipe, Subject, choose_types, file_shape, find_recipe, sort_key
+from .encode import (
+    ENCODABLE,
+    FLOAT_TYPES,
+    U8,
+    WEIGHTED_KERNELS,
+    EncodingError,
+    decode_rows,
+    encode_into,
+    kernel_name,
+    load_kernels,
+    row_slabs,
+)
+from .imatrix import F32, ImportanceMatrix, check_importances, read_imatrix
+from .recipe import OUTPUT, TOKEN_EMBD, Choice, Recipe, Subject, choose_types, file_shape, find_recipe, sort_key
 
 MAX_THREADS = 512
+UNWEIGHTED = (TOKEN_EMBD, OUTPUT)  # matrices of which llama-imatrix collects nothing
 SLABS_AHEAD = 2  # per thread: encoded or being encoded while earlier ones are written
 
 
@@ -66,6 +79,11 @@ class Plan:
     nbytes: int
     source_nbytes: int
     warnings: list[str]
+    imatrix: ImportanceMatrix | None = None
+
+    def importance(self, tensor: PlannedTensor) -> F32 | None:
+        """Of the tensor's columns, where they are known."""
+        return self.imatrix.columns.get(tensor.name) if self.imatrix else None
 
     @property
     def fallbacks(self) -> list[PlannedTensor]:
@@ -85,6 +103,7 @@ def quantize_file(
     dst: str | os.PathLike[str],
     ftype: str | FileType,
     *,
+    imatrix: str | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     pure: bool = False,
     allow_requantize: bool = False,
@@ -95,21 +114,24 @@ def quantize_file(
 ) -> Plan:
     """Write the model `src` to `dst` as file type `ftype`, byte for byte as llama-quantize would.
 
-    With `dry_run` nothing is read but the header and nothing is written. `on_plan` hears of the plan before the work,
-    `progress(n)` of every n bytes of tensor data written. `n_threads` encode; one more writes.
+    `imatrix` names a file of importances by which errors are weighed. With `dry_run` only headers and importances are
+    read, and nothing is written. `on_plan` hears of the plan before the work, `progress(n)` of every n bytes of tensor
+    data written. `n_threads` encode; one more writes.
     Raises UsageError, ModelFormatError, EncodingError or OutputError; whatever stood at `dst` is then untouched.
     """
     recipe = find_recipe(ftype.name if isinstance(ftype, FileType) else ftype)
     n_threads = check_threads(n_threads)
     with read_gguf(src) as gguf:
-        plan = make_plan(gguf, recipe, pure=pure, allow_requantize=allow_requantize)
+        importances = read_imatrix(imatrix) if imatrix is not None else None
+        plan = make_plan(gguf, recipe, pure=pure, allow_requantize=allow_requantize, imatrix=importances)
+        inputs = [*gguf.paths, Path(imatrix)] if imatrix is not None else gguf.paths
         if not dry_run:
-            check_destination(dst, size=plan.nbytes, force=force, inputs=gguf.paths)
+            check_destination(dst, size=plan.nbytes, force=force, inputs=inputs)
         if on_plan is not None:
             on_plan(plan)
         if not dry_run:
-            load_kernels(sorted({t.target for t in plan.tensors if t.target != t.source}))
-            _write(gguf, plan, dst, n_threads, force, progress)
+            load_kernels(kernel_name(t.target, plan.importance(t)) for t in plan.tensors if t.target != t.source)
+            _write(gguf, plan, dst, n_threads, force, progress, inputs)
     return plan
 
 
@@ -125,7 +147,14 @@ def check_threads(n_threads: int | None) -> int:
 # --- the plan
 
 
-def make_plan(gguf: GGUFFile, recipe: Recipe, *, pure: bool = False, allow_requantize: bool = False) -> Plan:
+def make_plan(
+    gguf: GGUFFile,
+    recipe: Recipe,
+    *,
+    pure: bool = False,
+    allow_requantize: bool = False,
+    imatrix: ImportanceMatrix | None = None,
+) -> Plan:
     """Decide everything that can be decided from the header; raises for what can not be done."""
     arch, hparams, warnings = load_hparams(gguf)
     check_tensors(gguf, arch, hparams, warnings)
@@ -136,12 +165,19 @@ def make_plan(gguf: GGUFFile, recipe: Recipe, *, pure: bool = False, allow_requa
     }
     tensors = [
         PlannedTensor(name, file_shape(subjects[name].shape), subjects[name].ggml_type, choice)
-        for name, choice in choose_types(recipe, subjects, pure=pure).items()
+        for name, choice in choose_types(recipe, subjects, pure=pure, weighted=imatrix is not None).items()
     ]
     _check_sources(gguf, tensors, allow_requantize)
     metadata = _metadata(gguf, recipe)
+    warnings = gguf.warnings + warnings
+    if imatrix is not None:
+        check_importances(imatrix, {t.name: t.shape[-1] for t in tensors})
+        warnings += _missing_importances(imatrix, tensors)
+        for key, value in imatrix.metadata().items():
+            metadata.pop(key, None)
+            metadata[key] = value
     size = gguf_size(metadata, [TensorToWrite(t.name, t.shape, t.target, tuple) for t in tensors])
-    plan = Plan(recipe, tensors, metadata, size, gguf.nbytes, gguf.warnings + warnings)
+    plan = Plan(recipe, tensors, metadata, size, gguf.nbytes, warnings, imatrix)
     if pure and plan.fallbacks:
         t = plan.fallbacks[0]
         raise ModelFormatError(
@@ -166,6 +202,18 @@ def _check_sources(gguf: GGUFFile, tensors: list[PlannedTensor], allow_requantiz
                 f"{gguf.path}: {t.name} is {t.source.name} already, and quantizing it again loses quality; start from "
                 "a BF16, F16 or F32 file, or use --allow-requantize"
             )
+
+
+def _missing_importances(imatrix: ImportanceMatrix, tensors: list[PlannedTensor]) -> list[str]:
+    """What to say of matrices that are quantized without importances, but for those that llama-imatrix leaves out."""
+    missing = [
+        t.name
+        for t in tensors
+        if t.target != t.source and t.target in WEIGHTED_KERNELS and t.name not in (*imatrix.columns, *UNWEIGHTED)
+    ]
+    if not missing:
+        return []
+    return [f"{imatrix.path}: has no importances for {len(missing)} matrices, the first being {missing[0]}"]
 
 
 def _metadata(gguf: GGUFFile, recipe: Recipe) -> Metadata:
@@ -204,18 +252,24 @@ def _slabs(tensor: PlannedTensor) -> list[_Slab]:
 
 
 def _write(
-    gguf: GGUFFile, plan: Plan, dst: str | os.PathLike[str], n_threads: int, force: bool, progress: Any
+    gguf: GGUFFile,
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    n_threads: int,
+    force: bool,
+    progress: Any,
+    inputs: Sequence[Path],
 ) -> None:
     slabs = {t.name: _slabs(t) for t in plan.tensors}
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
     try:
-        work = (pool.submit(_stored, gguf, slab) for t in plan.tensors for slab in slabs[t.name])
+        work = (pool.submit(_stored, gguf, slab, plan.importance(t)) for t in plan.tensors for slab in slabs[t.name])
         results = _in_order(work, SLABS_AHEAD * n_threads)
         tensors = [
             TensorToWrite(t.name, t.shape, t.target, partial(islice, results, len(slabs[t.name])))
             for t in plan.tensors
         ]
-        write_gguf(dst, plan.metadata, tensors, force=force, progress=progress, inputs=gguf.paths)
+        write_gguf(dst, plan.metadata, tensors, force=force, progress=progress, inputs=inputs)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -231,7 +285,7 @@ def _in_order(work: Iterator[Future[U8]], n_ahead: int) -> Iterator[U8]:
         yield pending.popleft().result()
 
 
-def _stored(gguf: GGUFFile, slab: _Slab) -> U8:
+def _stored(gguf: GGUFFile, slab: _Slab, importance: F32 | None) -> U8:
     """The slab's bytes in its new type."""
     t = slab.tensor
     size = row_nbytes(t.source, slab.n_per_row)
@@ -244,7 +298,7 @@ def _stored(gguf: GGUFFile, slab: _Slab) -> U8:
         out = data.copy()
     else:
         out = np.empty((slab.stop - slab.start, row_nbytes(t.target, slab.n_per_row)), np.uint8)
-        encode_into(decode_rows(data, t.source, slab.n_per_row), t.target, out, t.name, slab.start)
+        encode_into(decode_rows(data, t.source, slab.n_per_row), t.target, out, t.name, slab.start, importance)
     gguf.release(t.name, slab.start * size, slab.stop * size)
     return out
 

@@ -3,7 +3,8 @@
 The rules are llama-quantize's. A file type has a base type for the matrices; the matrix that makes the logits costs
 more when it is wrong, so most file types give it more bits: Q4_0 stores it as Q6_K. In a model with tied embeddings
 that matrix is token_embd, else it is output. The K-quants also give more bits to the matrices of some layers that are
-worth them (Upgrade). `pure` gives every matrix the base type.
+worth them (Upgrade), as do Q4_0 and Q5_0 where an importance matrix is at hand. `pure` gives every matrix the base
+type.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Upgrade:
     part: str
     ggml_type: GGMLType
     applies: Callable[[int, int], bool]
+    weighted: bool = False  # only where the matrices are quantized by importance
 
 
 def first_four(i: int, n: int) -> bool:
@@ -54,12 +56,16 @@ class Recipe:
 SMALL = Upgrade("attn_v", GGMLType.Q5_K, first_four), Upgrade("ffn_down", GGMLType.Q5_K, first_eighth)
 MEDIUM = Upgrade("attn_v", GGMLType.Q6_K, use_more_bits), Upgrade("ffn_down", GGMLType.Q6_K, use_more_bits)
 
+# By importance, the first layers of ffn_down want a minimum.
+WEIGHTED_Q4_0 = (Upgrade("ffn_down", GGMLType.Q4_1, first_eighth, weighted=True),)
+WEIGHTED_Q5_0 = (Upgrade("ffn_down", GGMLType.Q5_1, first_eighth, weighted=True),)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("Q4_0", FileType.Q4_0, GGMLType.Q4_0, GGMLType.Q6_K, "4.5 bits a weight, the fastest"),
+        Recipe("Q4_0", FileType.Q4_0, GGMLType.Q4_0, GGMLType.Q6_K, "4.5 bits a weight, the fastest", WEIGHTED_Q4_0),
         Recipe("Q4_1", FileType.Q4_1, GGMLType.Q4_1, GGMLType.Q6_K, "5 bits, scale and minimum"),
-        Recipe("Q5_0", FileType.Q5_0, GGMLType.Q5_0, GGMLType.Q6_K, "5.5 bits"),
+        Recipe("Q5_0", FileType.Q5_0, GGMLType.Q5_0, GGMLType.Q6_K, "5.5 bits", WEIGHTED_Q5_0),
         Recipe("Q5_1", FileType.Q5_1, GGMLType.Q5_1, GGMLType.Q6_K, "6 bits, scale and minimum"),
         Recipe("Q4_K_S", FileType.Q4_K_S, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 5.5 in a few layers", SMALL),
         Recipe("Q4_K_M", FileType.Q4_K_M, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 6.6 in some layers", MEDIUM),
@@ -118,18 +124,25 @@ def find_recipe(name: str) -> Recipe:
     return recipe
 
 
-def choose_types(recipe: Recipe, subjects: Mapping[str, Subject], *, pure: bool = False) -> dict[str, Choice]:
-    """The type of every tensor of a file, by name; `subjects` are all its tensors, in the order of `sort_key`."""
-    special = {} if pure else _special_types(recipe, subjects)
+def choose_types(
+    recipe: Recipe, subjects: Mapping[str, Subject], *, pure: bool = False, weighted: bool = False
+) -> dict[str, Choice]:
+    """The type of every tensor of a file, by name; `subjects` are all its tensors, in the order of `sort_key`.
+
+    `weighted`: whether an importance matrix is at hand.
+    """
+    special = {} if pure else _special_types(recipe, subjects, weighted)
     return {name: _choose_type(special.get(name, recipe.base), subject) for name, subject in subjects.items()}
 
 
-def _special_types(recipe: Recipe, subjects: Mapping[str, Subject]) -> dict[str, GGMLType]:
+def _special_types(recipe: Recipe, subjects: Mapping[str, Subject], weighted: bool) -> dict[str, GGMLType]:
     """Of the tensors that do not take the base type, by name."""
     if recipe.head is None:
         return {}
     found = {TOKEN_EMBD if OUTPUT not in subjects else OUTPUT: recipe.head}
     for upgrade in recipe.upgrades:
+        if upgrade.weighted and not weighted:
+            continue
         of_part = [name for name in subjects if re.fullmatch(rf"blk\.\d+\.{upgrade.part}\.weight", name)]
         for i, name in enumerate(of_part):
             if upgrade.applies(i, len(of_part)):

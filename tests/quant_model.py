@@ -39,10 +39,12 @@ class Case:
     source: str
     target: str
     pure: bool = False
+    imatrix: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.shape} {self.source} -> {self.target}{' pure' if self.pure else ''}"
+        flags = f"{' pure' if self.pure else ''}{' imatrix' if self.imatrix else ''}"
+        return f"{self.shape} {self.source} -> {self.target}{flags}"
 
 
 @dataclass(frozen=True)
@@ -77,24 +79,64 @@ CASES = [
     *(Case(shape, "F32", target) for shape in OTHER_SHAPES for target in ("Q4_0", "Q8_0", "Q6_K", "Q4_K_M", "F16")),
     *(Case("layers", "F32", target) for target in K_FILES),
     Case("untied", "F32", "Q4_0", pure=True),
+    *(Case("plain", "F32", target, imatrix=True) for target in (*ENCODED, "F16")),
+    *(Case("plain", "F32", target, pure=True, imatrix=True) for target in ENCODED),
+    *(Case("plain", source, "Q4_0", imatrix=True) for source in ("BF16", "Q5_1")),
+    *(Case("layers", "F32", target, imatrix=True) for target in ("Q4_0", "Q5_0", "Q4_K_M")),
+    *(Case(shape, "F32", target, imatrix=True) for shape in ("untied", "narrow", "deep") for target in ("Q4_1", "Q4_K_M")),
 ]
 
 
 def hard_model(path: Path, shape: str, ggml_type: str = "F32", **changes: Any) -> Path:
     """Write the model of this shape with matrices of type F32, F16 or BF16. `changes` are tensors by name."""
+    hp, shapes = table(shape)
+    tensors = []
+    for name, tensor_shape in shapes.items():
+        w = changes.get(name, hard_values(name, tensor_shape))
+        stored = GGMLType[ggml_type] if is_matrix(name, tensor_shape) else GGMLType.F32
+        tensors.append(TensorToWrite(name, w.shape, stored, lambda w=w, stored=stored: [store(w, stored)]))
+    write_gguf(path, _metadata(hp), tensors, force=True)
+    return path
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and not name.endswith(("_norm.weight", "shortconv.conv.weight"))
+
+
+def table(shape: str) -> tuple[lfm2.HParams, dict[str, tuple[int, ...]]]:
+    """The hyper-parameters, and the shape of every tensor by name."""
     s = SHAPES[shape]
     hp = lfm2.HParams(
         n_vocab=s.n_vocab, n_ctx_train=512, n_embd=s.n_embd, n_layer=len(s.n_head_kv), n_ff=s.n_ff, n_head=s.n_head,
         n_head_kv=s.n_head_kv, l_cache=3, norm_rms_eps=1e-5, rope_freq_base=1e6,
     )  # fmt: skip
     shapes = {e.name: e.shape for e in iter_tensors(lfm2, hp) if not (e.spec.optional and s.tied)}
-    tensors = []
-    for name, tensor_shape in {**shapes, **s.extra}.items():
-        w = changes.get(name, hard_values(name, tensor_shape))
-        is_matrix = w.ndim == 2 and not name.endswith(("_norm.weight", "shortconv.conv.weight"))
-        stored = GGMLType[ggml_type] if is_matrix else GGMLType.F32
-        tensors.append(TensorToWrite(name, w.shape, stored, lambda w=w, stored=stored: [store(w, stored)]))
-    write_gguf(path, _metadata(hp), tensors, force=True)
+    return hp, {**shapes, **s.extra}
+
+
+IMATRIX = "model.imatrix.gguf"
+
+
+def hard_imatrix(path: Path, shape: str, changes: dict[str, F32] | None = None, **metadata: Value) -> Path:
+    """Write importances for the model of this shape, of every matrix in the layers: some huge, some zero. `changes` are
+    tensors by name, `metadata` keys by name with _ for their dots, which replace what would be there."""
+    tensors = {}
+    for name, (_, n) in ((name, s) for name, s in table(shape)[1].items() if name.startswith("blk") and is_matrix(name, s)):
+        seed = zlib.crc32(name.encode())
+        sums = np.ldexp(np.abs(bell(n, seed)), (hashed(n, seed + 4) % 12).astype(np.int32))
+        sums[hashed(n, seed + 5) % 17 == 0] = 0
+        tensors[name + ".in_sum2"] = sums.astype(np.float32)
+        tensors[name + ".counts"] = np.array([391], np.float32)
+    tensors |= changes or {}
+    keys = {
+        "general.type": Value.string("imatrix"),
+        "imatrix.datasets": Value.strings(["text.txt", "other.txt"]),
+        "imatrix.chunk_count": Value.u32(3),
+        "imatrix.chunk_size": Value.u32(128),
+    }
+    keys |= {key: metadata[key.replace(".", "_")] for key in keys if key.replace(".", "_") in metadata}
+    to_write = [TensorToWrite(n, w.shape, GGMLType.F32, lambda w=w: [w.tobytes()]) for n, w in tensors.items()]
+    write_gguf(path, keys, to_write, force=True)
     return path
 
 
@@ -195,13 +237,14 @@ def hard_row(kind: int, n: int, seed: int) -> F32:
 # --- what llama-quantize makes of them
 
 
-def run(command: list[Any]) -> None:
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+def run(command: list[Any], folder: str = ".") -> None:
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=folder)
 
 
 def hashes(llama_quantize: Path) -> dict[str, dict[str, str]]:
     """For each case: sha256 of the source and of the result."""
     found = {}
+    llama_quantize = llama_quantize.resolve()
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             source, target = Path(folder) / "source.gguf", Path(folder) / "target.gguf"
@@ -210,7 +253,10 @@ def hashes(llama_quantize: Path) -> dict[str, dict[str, str]]:
             else:
                 hard_model(source, case.shape, case.source)
             flags = ["--allow-requantize", *(["--pure"] if case.pure else [])]
-            run([llama_quantize, *flags, source, target, case.target])
+            if case.imatrix:  # its name goes into the file
+                hard_imatrix(Path(folder) / IMATRIX, case.shape)
+                flags += ["--imatrix", IMATRIX]
+            run([llama_quantize, *flags, source, target, case.target], folder)
             found[case.key] = {"source": sha256(source), "target": sha256(target)}
     return found
 

@@ -1,6 +1,6 @@
-"""The K-quants written plainly in NumPy, a sub-block after the other: the kernels' oracle, as gguf.quants has none.
+"""What searches for scales written plainly in NumPy, a block after the other: the kernels' oracle, as gguf.quants has none.
 
-Every operation is float32 and in ggml's order; sums run over the elements one by one.
+The K-quants, and with importances (`qw`, one an element) the legacy types, too. Every operation is float32 and in ggml's order; sums run over the elements one by one.
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ def nearest(v: np.ndarray) -> np.ndarray:
     return np.rint(v).astype(np.float32)
 
 
-def search(x: F32) -> tuple[np.float32, np.ndarray]:
-    """(scale, levels 0 .. 63) of 16 elements: the best of 19 inverse scales, errors weighted by x^2."""
+def search(x: F32, w: F32, n_max: int = 32) -> tuple[np.float32, np.ndarray]:
+    """(scale, levels 0 .. 2 n_max - 1) of some elements: the best of 19 inverse scales, errors weighted by w."""
     largest = x[np.argmax(np.abs(x))]
     if abs(largest) < F(1e-15):
-        return F(0), np.zeros(16, np.uint8)
+        return F(0), np.zeros(len(x), np.uint8)
     best, scale, levels = F(0), F(0), None
     for shift in (0, *range(-9, 0), *range(1, 10)):
-        inverse = -(F(32) + F(0.1) * F(shift)) / largest
-        q = np.clip(nearest(inverse * x), F(-32), F(31))
-        sum_lx = sum_l2 = F(0)
-        for xi, qi in zip(x, q, strict=True):
-            sum_lx += xi * xi * xi * qi
-            sum_l2 += xi * xi * qi * qi
+        inverse = -(F(n_max) + F(0.1) * F(shift)) / largest
+        q = np.clip(nearest(inverse * x), F(-n_max), F(n_max - 1))
+        sum_lx, sum_l2 = in_order(w * x * q), in_order(w * q * q)
         if levels is None or (sum_l2 > 0 and sum_lx * sum_lx > best * sum_l2):
             scale = sum_lx / sum_l2 if sum_l2 else F(0)
-            best, levels = scale * sum_lx, (q + F(32)).astype(np.uint8)
+            best, levels = scale * sum_lx, (q + F(n_max)).astype(np.uint8)
     return scale, levels
 
 
-def quantize_q6_K(x: F32) -> bytes:
+def quantize_q6_K(x: F32, qw: F32 | None = None) -> bytes:
     """256 elements -> one block."""
-    found = [search(part) for part in x.reshape(16, 16)]
+    w = x * x if qw is None else qw
+    found = [search(part, weights) for part, weights in zip(x.reshape(16, 16), w.reshape(16, 16), strict=True)]
     scales = np.array([scale for scale, _ in found], np.float32)
     levels = np.array([part for _, part in found], np.uint8)
     block = np.zeros((), block_q6_K)
@@ -71,10 +69,12 @@ def nearest_int(v: np.ndarray) -> np.ndarray:
     return ((v + F(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
 
 
-def affine_search(x: F32, n_max: int, first_shift: float, n_steps: int) -> tuple[np.float32, np.float32, np.ndarray]:
-    """(scale, minimum, levels) of 32 elements, x = scale * level - minimum; errors weighted by rms + |x|."""
-    w = np.sqrt(in_order(x * x) / F(32)) + np.abs(x)
-    low, high = min(x.min(), F(0)), x.max()
+def affine_search(
+    x: F32, w: F32, n_max: int, first_shift: float, n_steps: int, step_size: float
+) -> tuple[np.float32, np.float32, np.ndarray]:
+    """(scale, minimum, levels) of 32 elements, x = scale * level - minimum; errors weighted by w."""
+    low, high = x[np.argmin(x)], x.max()
+    low = F(0) if low > 0 else low  # of zeros of both signs the first
     if low == high:
         return F(0), -low, np.zeros(32, np.int32)
 
@@ -90,7 +90,7 @@ def affine_search(x: F32, n_max: int, first_shift: float, n_steps: int) -> tuple
     best = error_of(scale, kept, low)
     sum_w, sum_x = in_order(w), in_order(w * x)
     for step in range(n_steps + 1):
-        levels = levels_of((F(first_shift) + F(0.1) * F(step) + F(n_max)) / (high - low))
+        levels = levels_of((F(first_shift) + F(step_size) * F(step) + F(n_max)) / (high - low))
         q = levels.astype(np.float32)
         sum_l, sum_l2, sum_xl = in_order(w * q), in_order(w * q * q), in_order(w * q * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
@@ -112,12 +112,49 @@ def six_bits(values: F32) -> tuple[np.float16, np.ndarray]:
     return np.float16(top / F(63)), np.minimum(nearest_int(inverse * values) & 255, 63).astype(np.uint8)
 
 
-def quantize_sub_blocks(x: F32, block: np.ndarray, n_max: int, first_shift: float, n_steps: int) -> np.ndarray:
+def weighted_six_bits(values: F32, w: F32) -> tuple[np.float16, np.ndarray]:
+    """The same with the least error weighted by w: the best of nine scales, then step by step."""
+    top = max(F(0), *values)
+    if top < F(1e-15):
+        return np.float16(0), np.zeros(8, np.uint8)
+
+    def error_of(inverse: np.float32) -> np.float32:
+        difference = values - F(1) / inverse * np.minimum(nearest_int(inverse * values), 63).astype(np.float32)
+        return in_order(w * difference * difference)
+
+    inverses = [F(63) / top, *((F(0.1) * F(shift) + F(63)) / top for shift in (-4, -3, -2, -1, 1, 2, 3, 4))]
+    levels = np.minimum(nearest_int(min(inverses, key=error_of) * values), 63).astype(np.float32)
+    sum_lx, sum_l2 = in_order(w * values * levels), in_order(w * levels * levels)
+    for _ in range(5):
+        before = levels.copy()
+        for j in range(8):
+            lx, l2 = sum_lx - w[j] * values[j] * levels[j], sum_l2 - w[j] * levels[j] * levels[j]
+            if not (lx > 0 and l2 > 0):
+                continue
+            new = F(min(nearest_int(np.array(values[j] * l2 / lx)), 63))
+            lx, l2 = lx + w[j] * values[j] * new, l2 + w[j] * new * new
+            if new != levels[j] and lx * lx * sum_l2 > sum_lx * sum_lx * l2:
+                levels[j], sum_lx, sum_l2 = new, lx, l2
+        if (levels == before).all():
+            break
+    return np.float16(sum_lx / sum_l2 if sum_l2 > 0 else F(0)), levels.astype(np.uint8)
+
+
+def quantize_sub_blocks(
+    x: F32, block: np.ndarray, n_max: int, first_shift: float, n_steps: int, qw: F32 | None
+) -> np.ndarray:
     """Fill what Q4_K and Q5_K have in common, but for the nibbles; levels (8, 32)."""
-    found = [affine_search(part, n_max, first_shift, n_steps) for part in x.reshape(8, 32)]
+    parts, sums, step_size = x.reshape(8, 32), None, 0.1
+    if qw is None:
+        w = np.stack([np.sqrt(in_order(part * part) / F(32)) + np.abs(part) for part in parts])
+    else:
+        w = (qw * np.sqrt(F(2) * in_order(x * x) / F(256) + x * x)).reshape(8, 32)
+        sums, first_shift, n_steps, step_size = np.array([in_order(part) for part in w]), -0.9, 36, 0.05
+    found = [affine_search(parts[j], w[j], n_max, first_shift, n_steps, step_size) for j in range(8)]
     levels = np.array([part for _, _, part in found])
-    block["d"], scales = six_bits(np.array([scale for scale, _, _ in found], np.float32))
-    block["dmin"], minima = six_bits(np.array([minimum for _, minimum, _ in found], np.float32))
+    found_scales, found_minima = (np.array([part[i] for part in found], np.float32) for i in range(2))
+    block["d"], scales = six_bits(found_scales) if sums is None else weighted_six_bits(found_scales, sums)
+    block["dmin"], minima = six_bits(found_minima) if sums is None else weighted_six_bits(found_minima, sums)
     for j in range(8):
         step = block["d"].astype(np.float32) * F(scales[j])
         minimum = block["dmin"].astype(np.float32) * F(minima[j])
@@ -130,19 +167,38 @@ def quantize_sub_blocks(x: F32, block: np.ndarray, n_max: int, first_shift: floa
     return levels.astype(np.uint8)
 
 
-def quantize_q4_K(x: F32) -> bytes:
+def quantize_q4_K(x: F32, qw: F32 | None = None) -> bytes:
     """256 elements -> one block."""
     block = np.zeros((), block_q4_K)
-    pairs = quantize_sub_blocks(x, block, 15, -1.0, 20).reshape(4, 2, 32)
+    pairs = quantize_sub_blocks(x, block, 15, -1.0, 20, qw).reshape(4, 2, 32)
     block["qs"] = (pairs[:, 0] | pairs[:, 1] << 4).reshape(128)
     return block.tobytes()
 
 
-def quantize_q5_K(x: F32) -> bytes:
+def quantize_q5_K(x: F32, qw: F32 | None = None) -> bytes:
     """256 elements -> one block."""
     block = np.zeros((), block_q5_K)
-    levels = quantize_sub_blocks(x, block, 31, -0.5, 15)
+    levels = quantize_sub_blocks(x, block, 31, -0.5, 15, qw)
     pairs = (levels & 15).reshape(4, 2, 32)
     block["qs"] = (pairs[:, 0] | pairs[:, 1] << 4).reshape(128)
     block["qh"] = np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=0)
     return block.tobytes()
+
+
+def quantize_legacy(x: F32, qw: F32, bits: int, affine: bool) -> bytes:
+    """A row -> its blocks of Q4_0, Q5_0 or, affine, of Q4_1, Q5_1."""
+    w = (qw * np.sqrt(in_order(x * x) / F(len(x)) + x * x)).reshape(-1, 32)
+    out = []
+    for part, weights in zip(x.reshape(-1, 32), w, strict=True):
+        if affine:
+            scale, minimum, levels = affine_search(part, weights, (1 << bits) - 1, -0.9, 36, 0.05)
+            head = [np.float16(scale), np.float16(-minimum)]
+        else:
+            scale, levels = search(part, weights, 1 << bits - 1)
+            head = [np.float16(scale)]
+        levels = levels.astype(np.uint8)
+        out += [half.tobytes() for half in head]
+        if bits == 5:
+            out.append(np.packbits(levels >> 4, bitorder="little").tobytes())
+        out.append((levels[:16] & 15 | (levels[16:] & 15) << 4).tobytes())
+    return b"".join(out)

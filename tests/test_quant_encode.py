@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -14,14 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from quant_model import N_KINDS, hard_row
-from quant_reference import quantize_q4_K, quantize_q5_K, quantize_q6_K
+from quant_model import N_KINDS, bell, hard_row, uniform
+from quant_reference import quantize_legacy, quantize_q4_K, quantize_q5_K, quantize_q6_K
 
 from lfm2cpp.ggml import TRAITS, GGMLType, row_nbytes
 from quant import encode
 from quant.encode import ENCODABLE, KERNELS, EncodingError, decode_rows, encode_rows
 
 TWINS = {GGMLType.Q4_K: quantize_q4_K, GGMLType.Q5_K: quantize_q5_K, GGMLType.Q6_K: quantize_q6_K}
+WEIGHTED_TWINS = TWINS | {
+    GGMLType.Q4_0: partial(quantize_legacy, bits=4, affine=False), GGMLType.Q4_1: partial(quantize_legacy, bits=4, affine=True),
+    GGMLType.Q5_0: partial(quantize_legacy, bits=5, affine=False), GGMLType.Q5_1: partial(quantize_legacy, bits=5, affine=True),
+}  # fmt: skip
 LEGACY = [t for t in KERNELS if t not in TWINS]
 SUB_BLOCKS = [GGMLType.Q4_K, GGMLType.Q5_K]
 AFFINE = [GGMLType.Q4_1, GGMLType.Q5_1, *SUB_BLOCKS]
@@ -112,6 +117,59 @@ def test_hard_rows_equal_the_plain_twin(ggml_type):
     with np.errstate(all="ignore"):
         expected = b"".join(TWINS[ggml_type](row) for row in rows)
     assert encode_rows(rows, ggml_type).tobytes() == expected
+
+
+importances = hnp.arrays(np.float32, (256,), elements=st.sampled_from([0.0, 1e-6, 0.25, 1.0, 3.0, 1e3]).map(np.float32))
+
+
+@pytest.mark.parametrize("ggml_type", WEIGHTED_TWINS, ids=lambda t: t.name)
+@settings(max_examples=40, deadline=None)
+@given(row=blocks(), qw=importances)
+def test_any_block_by_importance_equals_the_plain_twin(ggml_type, row, qw):
+    with np.errstate(all="ignore"):
+        expected = WEIGHTED_TWINS[ggml_type](row[0], qw)
+    assert encode_rows(row, ggml_type, importance=qw).tobytes() == expected
+
+
+@pytest.mark.parametrize("n", [256, 768, 1280])
+@pytest.mark.parametrize("ggml_type", WEIGHTED_TWINS, ids=lambda t: t.name)
+def test_hard_rows_by_importance_equal_the_plain_twin(ggml_type, n):
+    """Of as many blocks as fill the lanes of a search, of fewer and of more."""
+    rows, qw, twin = hard_rows(n, 1), np.abs(bell(n, 5)), WEIGHTED_TWINS[ggml_type]
+    with np.errstate(all="ignore"):
+        if ggml_type in TWINS:
+            expected = [twin(row[i : i + 256], qw[i : i + 256]) for row in rows for i in range(0, n, 256)]
+        else:
+            expected = [twin(row, qw) for row in rows]
+    assert encode_rows(rows, ggml_type, importance=qw).tobytes() == b"".join(expected)
+
+
+def test_importance_does_not_change_what_is_not_searched():
+    rows, qw = np.clip(hard_rows(256, 1), -6e4, 6e4), np.abs(bell(256, 5))
+    for ggml_type in ("F32", "F16", "BF16", "Q8_0"):
+        t = GGMLType[ggml_type]
+        np.testing.assert_array_equal(encode_rows(rows, t, importance=qw), encode_rows(rows, t))
+
+
+@pytest.mark.parametrize("ggml_type", WEIGHTED_TWINS, ids=lambda t: t.name)
+def test_importance_lowers_the_weighted_error(ggml_type):
+    """What it is for: errors in columns that matter become smaller."""
+    rows, qw = uniform(64 * 512, 3).reshape(64, 512), np.exp(3 * bell(512, 9))
+
+    def error(importance):
+        back = decode_rows(encode_rows(rows, ggml_type, importance=importance), ggml_type, 512)
+        return float((qw * (back - rows).astype(np.float64) ** 2).sum())
+
+    assert error(qw) < 0.9 * error(None)
+
+
+@pytest.mark.parametrize("ggml_type", WEIGHTED_TWINS, ids=lambda t: t.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_refused_by_importance(ggml_type, value):
+    rows = hard_rows(1280, 1)[:3]
+    rows[2, 700] = value
+    with pytest.raises(EncodingError, match="w, row 12, holds"):
+        encode_rows(rows, ggml_type, name="w", first_row=10, importance=np.ones(1280, np.float32))
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 5])
@@ -217,13 +275,11 @@ def test_rows_need_not_be_contiguous_or_aligned():
     np.testing.assert_array_equal(encode_rows(shifted, GGMLType.Q6_K), expected)
 
 
-DIGEST = """
-import hashlib
-from quant.encode import KERNELS, encode_rows
-from test_quant_encode import hard_rows
-rows = hard_rows()
-print(hashlib.sha256(b"".join(encode_rows(rows, t).tobytes() for t in KERNELS)).hexdigest())
-"""
+def digest() -> str:
+    """Of the bytes of all encoders, without and with importances"""
+    rows, qw = hard_rows(), np.abs(bell(256, 5))
+    encoded = [encode_rows(rows, t, importance=importance) for t in KERNELS for importance in (None, qw)]
+    return hashlib.sha256(b"".join(found.tobytes() for found in encoded)).hexdigest()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="names x86 CPUs")
@@ -232,17 +288,15 @@ def test_bytes_do_not_depend_on_the_instruction_set(tmp_path):
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "LFM2CPP_CACHE_DIR": str(tmp_path)}
     env |= {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
-    done = subprocess.run([sys.executable, "-c", DIGEST], env=env, capture_output=True, text=True, check=True)
-    rows = hard_rows()
-    here = hashlib.sha256(b"".join(encode_rows(rows, t).tobytes() for t in KERNELS)).hexdigest()
-    assert done.stdout.strip() == here
+    done = subprocess.run([sys.executable, "-c", "from test_quant_encode import digest; print(digest())"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest()
 
 
 def test_traits_agree_with_the_kernels_strides():
     """A kernel that wrote past its blocks, or between them, would show in what surrounds them."""
     for ggml_type in KERNELS:
         out = np.full((3, row_nbytes(ggml_type, 256)), 0xAA, np.uint8)
-        encode.load_kernels([ggml_type])
+        encode.load_kernels([encode.kernel_name(ggml_type)])
         encode.encode_into(np.full((1, 256), 0.5, np.float32), ggml_type, out[1:2], "x", 0)
         assert (out[[0, 2]] == 0xAA).all()
         assert out[1].tobytes() == encode_rows(np.full((1, 256), 0.5, np.float32), ggml_type).tobytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quant_model import CASES, ENCODED, Case, hard_model, sha256
+from quant_model import CASES, ENCODED, IMATRIX, Case, hard_imatrix, hard_model, sha256
 
 from lfm2cpp.errors import ModelFormatError, OutputError, UsageError
 from lfm2cpp.ggml import FileType, GGMLType
@@ -27,7 +27,7 @@ def make_source(folder: Path, case: Case) -> Path:
         return source
     if case.source not in ENCODED:
         return hard_model(source, case.shape, case.source)
-    quantize_file(make_source(folder, replace(case, source="F32")), source, case.source)
+    quantize_file(make_source(folder, Case(case.shape, "F32", "")), source, case.source)
     return source
 
 
@@ -37,10 +37,12 @@ def sources(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
-def test_same_file_as_llama_quantize(case, sources, tmp_path):
+def test_same_file_as_llama_quantize(case, sources, tmp_path, monkeypatch):
     source, target = make_source(sources, case), tmp_path / "out.gguf"
     assert sha256(source) == LLAMA[case.key]["source"]
-    quantize_file(source, target, case.target, pure=case.pure, allow_requantize=True)
+    monkeypatch.chdir(tmp_path)  # the name of the importances goes into the file
+    imatrix = hard_imatrix(Path(IMATRIX), case.shape) if case.imatrix else None
+    quantize_file(source, target, case.target, pure=case.pure, allow_requantize=True, imatrix=imatrix)
     assert sha256(target) == LLAMA[case.key]["target"]
 
 
@@ -52,9 +54,9 @@ GOLDENS = os.environ.get("LFM2CPP_GOLDENS")  # the folder with tiny.gguf.json, t
 
 
 @pytest.mark.skipif(not GOLDENS, reason="LFM2CPP_GOLDENS does not name the folder of the golden checkpoints")
-@pytest.mark.parametrize("flags", ["", " --pure"])
+@pytest.mark.parametrize("flags", ["", " --pure", " --imatrix"])
 @pytest.mark.parametrize("model", ["tiny", "edge"])
-def test_goldens(model, flags, tmp_path):
+def test_goldens(model, flags, tmp_path, monkeypatch):
     from convert.hf_to_gguf import ConvertOptions, convert_hf_to_gguf
 
     expected = json.loads(Path(GOLDENS, f"{model}.gguf.json").read_text())
@@ -62,9 +64,11 @@ def test_goldens(model, flags, tmp_path):
     convert_hf_to_gguf(Path(GOLDENS, f"{model}-lfm2-hf"), ConvertOptions(outtype="f32", outfile=source))
     assert sha256(source) == expected["convert:f32"]["file_sha256"]
     targets = [target for target in ENCODED if f"quantize{flags}:{target}" in expected]
-    assert {"Q4_0", "Q8_0", "Q6_K"} <= set(targets)
+    assert {"Q4_0", "Q6_K"} <= set(targets)
+    monkeypatch.chdir(GOLDENS)
+    imatrix = f"{model}.imatrix.gguf" if "imatrix" in flags else None
     for target in targets:
-        quantize_file(source, tmp_path / "out.gguf", target, pure=bool(flags), force=True)
+        quantize_file(source, tmp_path / "out.gguf", target, pure="pure" in flags, imatrix=imatrix, force=True)
         assert sha256(tmp_path / "out.gguf") == expected[f"quantize{flags}:{target}"]["file_sha256"], target
 
 

@@ -24,8 +24,9 @@ def subjects(
     return dict(sorted(found.items(), key=lambda item: sort_key(item[0])))
 
 
-def types(name: str, pure: bool = False, **model) -> dict[str, str]:
-    return {n: c.ggml_type.name for n, c in choose_types(find_recipe(name), subjects(**model), pure=pure).items()}
+def types(name: str, pure: bool = False, weighted: bool = False, **model) -> dict[str, str]:
+    chosen = choose_types(find_recipe(name), subjects(**model), pure=pure, weighted=weighted)
+    return {n: c.ggml_type.name for n, c in chosen.items()}
 
 
 ALWAYS_F32 = ("attn_norm", "ffn_norm", "token_embd_norm", "attn_q_norm", "attn_k_norm", "shortconv.conv.")
@@ -135,3 +136,12 @@ def test_a_type_is_found_in_any_case_and_by_number(name):
 def test_an_unknown_type_lists_the_known(name):
     with pytest.raises(UsageError, match=" ".join(RECIPES)):
         find_recipe(name)
+
+
+@pytest.mark.parametrize(("name", "becomes"), [("Q4_0", "Q4_1"), ("Q5_0", "Q5_1"), ("Q4_1", "Q4_1"), ("Q8_0", "Q8_0")])
+def test_importances_upgrade_the_first_ffn_down(name, becomes):
+    layers = (0, 0, 8) * 6
+    plain, weighted = types(name, n_head_kv=layers), types(name, weighted=True, n_head_kv=layers)
+    first = {f"blk.{i}.ffn_down.weight": becomes for i in range(len(layers) // 8)}
+    assert weighted == plain | first
+    assert types(name, pure=True, weighted=True, n_head_kv=layers) == types(name, pure=True, n_head_kv=layers)
