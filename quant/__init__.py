@@ -2,7 +2,7 @@
 
     recipe.py           which type each tensor of a file type gets
     quantize.py         the plan of a file, and the threads that carry it out
-    imatrix.py          importances: how much an error in each column counts
+    imatrix.py          whether importances fit a model, and what the file says of them
     encode.py           float32 rows -> bytes of any type, and back
     legacy.py           the encoders of 32-element blocks
     legacy_weighted.py  the same by importance

@@ -26,6 +26,7 @@ from lfm2cpp.files import check_destination
 from lfm2cpp.ggml import QUANTIZATION_VERSION, TRAITS, FileType, GGMLType, row_nbytes, tensor_nbytes
 from lfm2cpp.gguf import GGUFFile, Metadata, TensorToWrite, Value, gguf_size, read_gguf, write_gguf
 from lfm2cpp.gguf.check import non_finite_blocks
+from lfm2cpp.gguf.imatrix import F32, ImportanceMatrix, read_imatrix
 
 from .encode import (
     ENCODABLE,
@@ -39,7 +40,7 @@ from .encode import (
     load_kernels,
     row_slabs,
 )
-from .imatrix import F32, ImportanceMatrix, check_importances, read_imatrix
+from .imatrix import check_importances, imatrix_metadata
 from .recipe import OUTPUT, TOKEN_EMBD, Choice, Recipe, Subject, choose_types, file_shape, find_recipe, sort_key
 
 MAX_THREADS = 512
@@ -173,7 +174,7 @@ def make_plan(
     if imatrix is not None:
         check_importances(imatrix, {t.name: t.shape[-1] for t in tensors})
         warnings += _missing_importances(imatrix, tensors)
-        for key, value in imatrix.metadata().items():
+        for key, value in imatrix_metadata(imatrix).items():
             metadata.pop(key, None)
             metadata[key] = value
     size = gguf_size(metadata, [TensorToWrite(t.name, t.shape, t.target, tuple) for t in tensors])

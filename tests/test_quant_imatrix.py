@@ -12,7 +12,7 @@ from quant_model import IMATRIX, hard_imatrix, hard_model
 from lfm2cpp.errors import ModelFormatError, UsageError
 from lfm2cpp.ggml import GGMLType
 from lfm2cpp.gguf import TensorToWrite, Value, ValueType, read_gguf, write_gguf
-from quant.imatrix import read_imatrix
+from lfm2cpp.gguf.imatrix import read_imatrix
 from quant.quantize import quantize_file
 
 DOWN = "blk.1.ffn_down.weight"

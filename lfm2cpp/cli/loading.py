@@ -38,20 +38,25 @@ def load_llm(options: dict[str, Any]) -> LLM:
     from lfm2cpp.llm import LLM
 
     path = model_path(options)
-    n_ctx, n_threads = options.pop("ctx_size"), options.pop("threads")
+    n_ctx, n_threads = options.pop("ctx_size"), thread_count(options.pop("threads"))
     kv_type = _kv_type(options.pop("cache_type_k"), options.pop("cache_type_v"))
     if n_ctx < 0:
         raise UsageError(f"--ctx-size is {n_ctx}, expected a number of tokens, or 0 for the model's own")
-    if n_threads == 0 or n_threads < -1 or n_threads > 1024:
-        raise UsageError(f"--threads is {n_threads}, expected 1 to 1024, or -1 for one a core")
     template, template_file = options.pop("chat_template"), options.pop("chat_template_file")
     if template_file is not None:
         template = read_text(template_file, "--chat-template-file")
     with CompileProgress() as progress:
         return LLM(
-            path, n_ctx or None, None if n_threads == -1 else n_threads, kv_type, options.pop("verbose"),
+            path, n_ctx or None, n_threads, kv_type, options.pop("verbose"),
             chat_template=template, force=options.pop("force"), progress=progress,
         )  # fmt: skip
+
+
+def thread_count(threads: int) -> int | None:
+    """--threads as the engine takes it: None is one a core."""
+    if threads == 0 or threads < -1 or threads > 1024:
+        raise UsageError(f"--threads is {threads}, expected 1 to 1024, or -1 for one a core")
+    return None if threads == -1 else threads
 
 
 def _kv_type(k: str | None, v: str | None) -> str:

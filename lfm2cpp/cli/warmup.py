@@ -47,9 +47,9 @@ def _needed(model: Path | None, kv_type: str) -> list[str]:
         raise UsageError(f"KV type {kv_type!r} is not one of {', '.join(KV_TYPES)}")
     if model is not None:
         return file_kernels(model, kv_type)
-    from quant.encode import KERNELS as ENCODERS
+    from quant.encode import KERNELS, WEIGHTED_KERNELS
 
-    return list(dict.fromkeys([*all_kernels(KV_TYPES), *ENCODERS.values()]))
+    return list(dict.fromkeys([*all_kernels(KV_TYPES), *KERNELS.values(), *WEIGHTED_KERNELS.values()]))
 
 
 def _show(name: str, done: int, total: int) -> None:

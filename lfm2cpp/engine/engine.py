@@ -46,11 +46,13 @@ class Engine:
         kv_type: str = "f16",
         n_batch: int = 512,
         trace: bool = False,
+        sum_squares: bool = False,
         force: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Map and validate `path`, record the plan, compile what kernels are missing.
 
+        With `trace`, `self.trace` holds every intermediate of the last step; `sum_squares` is for take_squares.
         `force` runs a model that the memory does not suffice for. Raises ModelFormatError for a file that cannot be
         run, UsageError for options out of range, ContextError without enough memory.
         """
@@ -62,12 +64,12 @@ class Engine:
         self.path = Path(path)
         self.gguf = read_gguf(path)
         try:
-            self._prepare(n_ctx, force, trace, progress)
+            self._prepare(n_ctx, force, progress, trace=trace, sum_squares=sum_squares)
         except BaseException:
             self.gguf.close()
             raise
 
-    def _prepare(self, n_ctx: int | None, force: bool, trace: bool, progress: Progress | None) -> None:
+    def _prepare(self, n_ctx: int | None, force: bool, progress: Progress | None, **measures: bool) -> None:
         self.facts = validate_model(self.gguf)
         self.hparams = hp = self.facts.hparams
         self.n_vocab, self.n_ctx = hp.n_vocab, context_size(n_ctx, hp.n_ctx_train)
@@ -79,7 +81,7 @@ class Engine:
         self.pool = PagePool(page_bytes, max_pages(page_bytes, self.n_ctx))
         self.rope = RopeTable(hp, self.n_ctx)
         self.weights, self._tables = load_weights(self.gguf, self.facts, self.layout, self.rope)
-        self.plan = Plan(self.n_batch, self.n_threads, self.n_ctx, trace)
+        self.plan = Plan(self.n_batch, self.n_threads, self.n_ctx, **measures)
         record_lfm2(self.plan, self.weights, hp)
         self._logits = LogitsPool(hp.n_vocab)
         compiled = self.plan.finish(progress)
@@ -160,6 +162,15 @@ class Engine:
                 for entry in entries:
                     entry.state.settle()
                 raise
+
+    def take_squares(self) -> dict[str, np.ndarray]:
+        """Sums of the squares of what the layers' matrices were multiplied with since the last call, by tensor name:
+        float32, (row length,). Of an engine made with sum_squares."""
+        with self.guard():
+            found = {name: sums.copy() for name, sums in self.plan.squares.items()}
+            for sums in self.plan.squares.values():
+                sums[:] = 0
+            return found
 
     def interrupt(self) -> None:
         """Stop the evaluation that is running, from any thread; it raises KeyboardInterrupt."""

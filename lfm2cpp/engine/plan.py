@@ -70,6 +70,7 @@ class Rows:
     act: int = 0
     chained: int = 0
     rounded: Rows | None = None
+    squares: np.ndarray | None = None
 
 
 @dataclass
@@ -94,10 +95,18 @@ class Arena:
 
 
 class Plan:
-    """Records ops for batches of up to n_batch tokens. With `trace`, every named intermediate keeps its own rows."""
+    """Records ops for batches of up to n_batch tokens.
 
-    def __init__(self, n_batch: int, n_threads: int, n_ctx: int, trace: bool = False) -> None:
-        self.n_batch, self.n_threads, self.n_ctx, self.trace = n_batch, n_threads, n_ctx, trace
+    With `trace`, every named intermediate keeps its own rows. With `sum_squares`, the squares of what the layers'
+    matrices are multiplied with are added up, token after token: squares, float32 (n,) by the weight's name.
+    """
+
+    def __init__(
+        self, n_batch: int, n_threads: int, n_ctx: int, *, trace: bool = False, sum_squares: bool = False
+    ) -> None:
+        self.n_batch, self.n_threads, self.n_ctx = n_batch, n_threads, n_ctx
+        self.trace, self.sum_squares = trace, sum_squares
+        self.squares: dict[str, np.ndarray] = {}
         self.ops: list[Op] = []
         self.arena = Arena()
         self.named: dict[str, Rows] = {}
@@ -134,11 +143,14 @@ class Plan:
 
     def view(self, rows: Rows) -> np.ndarray:
         """The rows' memory as an array (n_batch, n)."""
-        return self._array(rows.address, np.dtype(np.float32), (self.n_batch, rows.n))
+        return self._float32(rows.address, self.n_batch, rows.n)
 
     def int32_view(self, address: int) -> np.ndarray:
         """n_batch int32 at an address that this plan gave out."""
         return self._array(address, np.dtype(np.int32), (self.n_batch,))
+
+    def _float32(self, address: int, *shape: int) -> np.ndarray:
+        return self._array(address, np.dtype(np.float32), shape)
 
     def _array(self, address: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         nbytes = dtype.itemsize * math.prod(shape)
@@ -241,10 +253,20 @@ class Plan:
 
     def _mul_mat(self, w: Weight, x: Rows, out: Rows, add: int) -> Op:
         n_rows, n = w.shape
+        if self.sum_squares and x.count == self.all_rows:
+            self.squares[w.name] = self._squares(x)
         module, kind, operand = self._operand(w, x)
         args = {"w": w.address, "n_rows": n_rows, "out": out.address, "add": add, "count": x.count} | operand
         label = f"mul_mat {w.ggml_type.name}"
         return self._record(f"mul_mat{module}:mul_mat_{kind}", label, args, macs=n_rows * n, nbytes=w.nbytes)
+
+    def _squares(self, x: Rows) -> np.ndarray:
+        """Sums of x's squares, (n,), to which every batch adds its own."""
+        if x.squares is None:
+            x.squares = self._float32(self.arena.take(4 * x.n), x.n)
+            args = {"x": self._read(x), "n": x.n, "sums": x.squares.ctypes.data, "count": x.count}
+            self._record("ops:add_squares", "add_squares", args)
+        return x.squares
 
     def _operand(self, w: Weight, x: Rows) -> tuple[str, str, dict[str, int]]:
         """How w is multiplied by x: the end of the module's name and of the kernel's, and what the kernel is given."""
@@ -271,7 +293,7 @@ class Plan:
         is_float = gate.ggml_type in FLOAT_TYPES
         # The float kernel takes whole panels, and leaves nothing else to the product that follows, which has n rows.
         is_whole = not is_float or n_rows % widths.PANEL_ROWS == n % widths.PANEL_ROWS == 0
-        if self.trace or gate.ggml_type != up.ggml_type or not is_whole:
+        if self.trace or self.sum_squares or gate.ggml_type != up.ggml_type or not is_whole:
             g = self.mul_mat(gate, x, f"ffn_gate-{il}", sync=False)
             return self.swiglu(g, self.mul_mat(up, x, f"ffn_up-{il}"), f"ffn_swiglu-{il}")
         out = self._rows("swiglu", f"ffn_swiglu-{il}", n_rows, x.count)

@@ -129,3 +129,18 @@ def add(a, b, n, out, count, ith, nth):
     begin, end = share_of(load_i64(count), ith, nth)
     for i in range(begin * n, end * n):
         store_scalar(out + 4 * i, load_scalar(a + 4 * i) + load_scalar(b + 4 * i))
+
+
+@kernel
+def add_squares(x, n, sums, count, ith, nth):
+    """sums[i] += x[t, i]^2 for all tokens t; x: (n_tokens, n), sums: n float32"""
+    first, last = segment_of(n, ith, nth)
+    whole = first + (last - first) // W * W
+    for t in range(load_i64(count)):
+        row = x + 4 * t * n
+        for i in range(first, whole, W):
+            value = load_f32(row + 4 * i)
+            store_f32(sums + 4 * i, fma(value, value, load_f32(sums + 4 * i)))
+        for i in range(whole, last):
+            value = load_scalar(row + 4 * i)
+            store_scalar(sums + 4 * i, load_scalar(sums + 4 * i) + value * value)
