@@ -6,20 +6,10 @@ from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import I8_BIAS, dot_i8, panel_i8
 from lfm2cpp.kernels.scalar import load_f16, load_i8, store_f32
 from lfm2cpp.kernels.shares import make_prefetches
-from lfm2cpp.kernels.simd import (
-    W,
-    fma,
-    gather_f16,
-    load_bytes,
-    load_f32,
-    load_i32,
-    make_gathers,
-    splat_i32,
-    sum_pieces,
-    to_f32,
-)
-from lfm2cpp.kernels.widths import ACT_D, ACT_GROUP, ACT_Z128
+from lfm2cpp.kernels.simd import W, load_bytes, make_gathers, splat_i32, sum_pieces
+from lfm2cpp.kernels.widths import ACT_Z128
 
+from .blocks import make_block_scales, make_dot_scaled, make_row_group, make_sum_block
 from .columns import interleave_rows, rows_in_file, scale_block
 
 BLOCK, BLOCK_BYTES = 32, 34
@@ -30,12 +20,6 @@ QS = 2  # offset of the integers in a block
 low_0, low_1, low_2, low_3 = make_gathers(BLOCK_BYTES, QS)
 high_0, high_1, high_2, high_3 = make_gathers(BLOCK_BYTES, QS + 16)
 ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * BLOCK_BYTES, 4)
-prepare_rows, finish_block = rows_in_file, scale_block
-
-
-@device
-def row_group(row, g):
-    return row + g * (W * BLOCK_BYTES)
 
 
 @device
@@ -45,8 +29,8 @@ def _dot_pair(low, high, a):
 
 
 @device
-def dot_group(acc, w, act, n_groups, g, far):
-    a = act + g * (32 * W)
+def sum_integers(w, a, far):
+    """Lane b is the sum of integer * activation over block b, and I8_BIAS times that of the activations."""
     ask_0(w, far)
     s0 = _dot_pair(low_0(w), high_0(w), a)
     ask_1(w, far)
@@ -55,10 +39,12 @@ def dot_group(acc, w, act, n_groups, g, far):
     s2 = _dot_pair(low_2(w), high_2(w), a + 16 * W)
     ask_3(w, far)
     s3 = _dot_pair(low_3(w), high_3(w), a + 24 * W)
-    tables = act + g * (4 * W)
-    sums = sum_pieces(s0, s1, s2, s3) + load_i32(tables + n_groups * ACT_Z128)
-    scale = gather_f16(w, BLOCK_BYTES) * load_f32(tables + n_groups * ACT_D)
-    return fma(to_f32(sums), scale, acc)
+    return sum_pieces(s0, s1, s2, s3)
+
+
+row_group, prepare_rows = make_row_group(BLOCK_BYTES), rows_in_file
+dot_group = make_dot_scaled(BLOCK_BYTES, sum_integers, ACT_Z128)
+block_scales, sum_block, finish_block = make_block_scales(BLOCK_BYTES), make_sum_block("dot_i8", ACT_Z128), scale_block
 
 
 @device
@@ -68,21 +54,6 @@ def block_columns(w, row_bytes, b):
     first = panel_i8(a), panel_i8(b), panel_i8(c), panel_i8(d)
     a, b, c, d = interleave_rows(qs + 16, row_bytes)
     return first + (panel_i8(a), panel_i8(b), panel_i8(c), panel_i8(d))
-
-
-@device
-def block_scales(w, row_bytes, b):
-    return (gather_f16(w + b * BLOCK_BYTES, row_bytes),)
-
-
-def sum_block(tile):
-    dot = tile.dot_i8
-
-    @device
-    def sums(q, a, tables, table_step, room):
-        return (dot(tables + table_step * ACT_Z128, q, a, table_step * ACT_GROUP, room),)
-
-    return sums
 
 
 @device
