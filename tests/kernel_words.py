@@ -31,12 +31,14 @@ from lfm2cpp.kernels.scalar import (
 from lfm2cpp.kernels.simd import W
 
 ROW = 256  # bytes: a vector of any level, and room behind it
-BLOCKS = ((18, 2), (20, 4), (34, 2), (34, 18))  # bytes, and where in them pieces are gathered, and float16 2 bytes before
+BLOCKS = ((18, 2), (20, 4), (22, 2), (22, 6), (24, 4), (24, 8), (34, 2), (34, 18))  # bytes, and where in them pieces are gathered, and float16 2 bytes before
 RUNS = [48, 16, 16, 48][: simd.PIECES]  # places of 32 bytes, low nibbles or high, and shifts of bits
 HIGH = [1, 0, 1, 0][: simd.PIECES]
 SHIFTS = [6, 0, 2, 4][: simd.PIECES]
 gather_halves, gather_nibbles = simd.make_gather_halves(RUNS), simd.make_gather_nibbles(RUNS, HIGH)
 pick_bits, pick_one = simd.make_bits_by_piece(SHIFTS, 3, 4), simd.make_bits_by_piece([5] * simd.PIECES, 7, 0)
+SPREAD = [37, 0, 127, 64, 9, 9, 31, 8, 100, 16, 55, 120, 7, 90, 63, 1]  # a bit of a piece for each of its bytes
+spread_bits = simd.make_spread_bits(SPREAD, 32)
 PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
 transpose_rows = simd.make_transpose_rows(PLACES)
 store_two = simd.make_store_apart(2, simd.bytes_)
@@ -158,6 +160,15 @@ def run_words(far, out):
     first, second = gather_nibbles(far)
     simd.store_bytes(out + 2 * ROW, first)
     simd.store_bytes(out + 3 * ROW, second)
+
+
+@kernel
+def five_words(x, out):
+    a, b = simd.load_bytes(x), simd.load_bytes(x + ROW)
+    simd.store_bytes(out, spread_bits(a))
+    low, high = simd.fives(a, b)
+    simd.store_bytes(out + ROW, low)
+    simd.store_bytes(out + 2 * ROW, high)
 
 
 @kernel

@@ -338,7 +338,7 @@ def test_extreme_blocks(name: str) -> None:
     blocks = rng.choice([0x00, 0xFF, 0x7F, 0x80, 0x88, 0x0F, 0xF0], (n_rows, n // block, nbytes)).astype(np.uint8)
     one, scale_at = np.float16(1).view(np.uint16), slice(-2, None) if name == "Q6_K" else slice(0, 2)
     blocks[..., scale_at] = np.frombuffer(one.tobytes(), np.uint8)
-    if name in ("Q4_1", "Q4_K", "Q5_K"):  # a minimum behind the scale
+    if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):  # a minimum behind the scale
         blocks[..., 2:4] = np.frombuffer(np.float16(-7).tobytes(), np.uint8)
     w = Weights.__new__(Weights)
     w.kind, w.n_rows, w.n, w.data = kind, n_rows, n, guarded(blocks.reshape(n_rows, -1))

@@ -88,8 +88,8 @@ def tiny_gguf(
 ) -> Path:
     """Write a tiny model to `path` and return it.
 
-    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q4_K Q5_K Q6_K, or {regex: type}, first match wins
-    and no match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
+    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K, or {regex: type}, first
+    match wins and no match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
     of other writers). `edit` changes a copy of the float weights before they are stored (a fault, or a state worth
     testing). `metadata` overrides or adds keys, and None removes one. `shape` are the fields of TinyShape.
     """

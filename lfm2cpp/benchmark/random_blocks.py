@@ -20,6 +20,8 @@ from lfm2cpp.ggml import (
     block_q4_0,
     block_q4_1,
     block_q4_K,
+    block_q5_0,
+    block_q5_1,
     block_q5_K,
     block_q6_K,
     block_q8_0,
@@ -89,6 +91,21 @@ def _q4_1(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
     return blocks
 
 
+def _q5_0(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
+    blocks = np.empty(n, block_q5_0)
+    blocks["qs"], blocks["qh"] = random_bytes(bits, n * 16).reshape(n, 16), random_bytes(bits, n * 4).view(np.uint32)
+    blocks["d"] = _scales(bits, n, std / _uniform_std(32))
+    return blocks
+
+
+def _q5_1(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
+    blocks = np.empty(n, block_q5_1)
+    blocks["qs"], blocks["qh"] = random_bytes(bits, n * 16).reshape(n, 16), random_bytes(bits, n * 4).view(np.uint32)
+    blocks["d"] = np.abs(_scales(bits, n, std / _uniform_std(32)))
+    blocks["m"] = blocks["d"] * np.float16(-15.5)
+    return blocks
+
+
 def _q8_0(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
     blocks = np.empty(n, block_q8_0)
     quants = random_bytes(bits, n * 32).view(np.int8).reshape(n, 32)
@@ -137,6 +154,8 @@ _MAKERS: dict[GGMLType, Callable[[np.random.SFC64, int, float], np.ndarray]] = {
     GGMLType.BF16: _bf16,
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
+    GGMLType.Q5_0: _q5_0,
+    GGMLType.Q5_1: _q5_1,
     GGMLType.Q8_0: _q8_0,
     GGMLType.Q4_K: _q4_K,
     GGMLType.Q5_K: _q5_K,

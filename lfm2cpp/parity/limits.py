@@ -35,6 +35,8 @@ WEIGHT = {
     GGMLType.Q6_K: 5e-2,
     GGMLType.Q5_K: 0.18,
     GGMLType.Q4_K: 0.28,
+    GGMLType.Q5_0: 0.13,
+    GGMLType.Q5_1: 0.13,
     GGMLType.Q4_1: 0.25,
     GGMLType.Q4_0: 0.25,
 }

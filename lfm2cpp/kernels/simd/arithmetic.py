@@ -7,7 +7,7 @@ from numba import types
 
 from ..portable import multiply_add
 from ..scalar import I16, I32, I64
-from ..vector import call_llvm, constant, pack, splat, vector_op
+from ..vector import call_llvm, constant, pack, shuffle, splat, vector_op
 from ..widths import BIT_MATRICES
 from .registers import (
     F32_VECTOR,
@@ -97,6 +97,7 @@ def to_f32(builder, a):
     return builder.sitofp(a, F32_VECTOR)
 
 
+NONE = ir.Constant(I8_VECTOR, None)  # bytes of zeros
 MAGIC = 12582912.0  # 1.5 * 2**23: the last bits of a number's sum with it are the rounded number
 
 
@@ -193,6 +194,47 @@ def make_bits_by_piece(shifts, mask, left):
         return bits_by_piece(builder, a, shifts, mask, left)
 
     return bits
+
+
+def _spread_bits(builder, a, bits, value):
+    """Byte i of every piece becomes `value` if bit bits[i] of that piece of a is set, else 0"""
+    places = [16 * piece + bit // 8 for piece in range(PIECES) for bit in bits]
+    masks = constant(I8_VECTOR, [1 << bit % 8 for bit in bits] * PIECES)
+    is_clear = builder.icmp_unsigned("==", builder.and_(shuffle(builder, a, a, places), masks), NONE)
+    return builder.select(is_clear, NONE, constant(I8_VECTOR, value))
+
+
+def make_spread_bits(bits, value):
+    """spread(a): byte i of every piece becomes `value` if bit bits[i] of that piece of a is set, else 0"""
+
+    @vector_op(bytes_, bytes_)
+    def spread(builder, a):
+        return _spread_bits(builder, a, bits, value)
+
+    return spread
+
+
+@vector_op(types.UniTuple(bytes_, 2), bytes_, bytes_)
+def fives(builder, nibbles, fifth):
+    """Numbers of 5 bits, two vectors: low nibbles below the first 16 bits of their piece of `fifth`, and high nibbles
+    below the 16 bits that follow"""
+    low_four = constant(I8_VECTOR, 15)
+    if not BIT_MATRICES:
+        low, high = builder.and_(nibbles, low_four), builder.lshr(nibbles, constant(I8_VECTOR, 4))
+        tops = [_spread_bits(builder, fifth, range(first, first + 16), 16) for first in (0, 16)]
+        return pack(builder, [builder.or_(low, tops[0]), builder.or_(high, tops[1])])
+    # For 8 numbers each: the byte of first bits as the matrix' row that makes bit 4, that of next ones as bit 0's.
+    zero = 4 * W
+    rows = [row for half in range(2) for row in (zero, zero, zero, half, zero, zero, zero, 2 + half)]
+    places = [16 * piece + row if row < zero else zero for piece in range(PIECES) for row in rows]
+    matrices = shuffle(builder, fifth, NONE, places)
+    columns = constant(I8_VECTOR, [1 << i % 8 for i in range(4 * W)])
+    name = f"llvm.x86.vgf2p8affineqb.{LEVEL.bits}"
+    tops = call_llvm(builder, name, I8_VECTOR, columns, matrices, ir.Constant(ir.IntType(8), 0))
+    low = builder.or_(builder.and_(nibbles, low_four), builder.and_(tops, constant(I8_VECTOR, 240)))
+    high = builder.or_(builder.and_(nibbles, constant(I8_VECTOR, 240)), builder.and_(tops, low_four))
+    swap = sum(1 << (8 * (7 - k) + (k + 4) % 8) for k in range(8))  # of the two halves of a byte
+    return pack(builder, [low, _times_matrices(builder, high, [swap] * PIECES)])
 
 
 @vector_op(f32, f32, int64, float32)

@@ -218,7 +218,7 @@ def repeat_f16(builder, address, stride):
 def make_gather_f16(block_bytes, at):
     """gather(address): lane b is the float16 at `at` in block b, of W blocks of an even number of bytes side by side"""
     nbytes = W * block_bytes
-    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and nbytes <= 5 * 64  # of Q4_0 and Q4_1, who load them anyway
+    permute = LEVEL.bits == 512 and nbytes % 32 == 0 and nbytes <= 6 * 64  # of Q4_0 to Q5_1, who load them anyway
 
     @vector_op(f32, int64)
     def gather(builder, address):

@@ -1,5 +1,5 @@
-"""What kernels need of a weight type: a module a block type, floats.py for F32, F16 and BF16; columns.py, nibbles.py
-and sub_blocks.py are what several block types share. For a block type a module says
+"""What kernels need of a weight type: a module a block type, floats.py for F32, F16 and BF16; blocks.py, columns.py,
+nibbles.py, fives.py and sub_blocks.py are what several block types share. For a block type a module says
 
     BLOCK, BLOCK_BYTES         elements (a multiple of 32) and bytes of a block in the file
     row_group(row, g)          address of group g (W blocks of 32 columns) of the row at `row`
@@ -42,8 +42,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import q4_0, q4_1, q4_K, q5_K, q6_K, q8_0
+from . import q4_0, q4_1, q4_K, q5_0, q5_1, q5_K, q6_K, q8_0
 
 BLOCK_TYPES: dict[str, ModuleType] = {
-    "q4_0": q4_0, "q4_1": q4_1, "q4_K": q4_K, "q5_K": q5_K, "q6_K": q6_K, "q8_0": q8_0,
+    "q4_0": q4_0, "q4_1": q4_1, "q4_K": q4_K, "q5_0": q5_0, "q5_1": q5_1, "q5_K": q5_K, "q6_K": q6_K, "q8_0": q8_0,
 }  # as kernels are named  # fmt: skip
