@@ -10,6 +10,7 @@ import pytest
 from cli_process import Cli
 from tiny_model import BOS, tiny_gguf
 
+from lfm2cpp.corpus import text_chunks
 from lfm2cpp.engine.engine import Engine
 from lfm2cpp.errors import LFM2Error, ModelFormatError
 from lfm2cpp.gguf import read_gguf
@@ -22,9 +23,12 @@ TYPES = {"F32": "F32", "BF16": "BF16", "Q4_0": {"token_embd": "Q6_K", ".": "Q4_0
 MOST = 2e-6  # relative, of a sum of some hundred squares in float32
 
 
-def measure(path: Path, tokens: list[int], n_ctx: int, **options):
-    with Engine(path, n_ctx=n_ctx, n_batch=n_ctx, n_threads=2, sum_squares=True) as engine:
-        return measure_importances(engine, tokens, bos=BOS, n_ctx=n_ctx, **options)
+CHUNKS = text_chunks(TOKENS, 64, bos=BOS)
+
+
+def measure(path: Path, chunks: list[list[int]], progress=None) -> dict[str, np.ndarray]:
+    with Engine(path, n_ctx=64, n_batch=64, n_threads=2, sum_squares=True) as engine:
+        return measure_importances(engine, chunks, progress)
 
 
 def squares_of_inputs(path: Path, chunks: list[list[int]]) -> dict[str, np.ndarray]:
@@ -44,25 +48,23 @@ def squares_of_inputs(path: Path, chunks: list[list[int]]) -> dict[str, np.ndarr
 
 @pytest.mark.parametrize("types", TYPES)
 def test_sums_are_those_of_the_intermediates(types, tmp_path):
-    """Of whole chunks, each with a BOS in front; widths that fill no vector, in the F32 model."""
+    """Of two chunks; widths that fill no vector, in the F32 model."""
     shape = {"n_embd": 72, "n_ff": 90} if types == "F32" else {}
     path = tiny_gguf(tmp_path / "m.gguf", types=TYPES[types], n_layer=3, attention=(1,), **shape)
-    chunks = [[BOS, *TOKENS[at + 1 : at + 64]] for at in (0, 64)]
-    expected = squares_of_inputs(path, chunks)
-    found = measure(path, TOKENS, 64)
-    assert (found.n_chunks, found.n_inputs) == (2, 128) and set(found.sums) == set(expected)
-    assert all(name.startswith("blk.") for name in found.sums)  # nothing of the head, as in llama-imatrix
-    for name, sums in found.sums.items():
+    expected, found = squares_of_inputs(path, CHUNKS), measure(path, CHUNKS)
+    assert set(found) == set(expected)
+    assert all(name.startswith("blk.") for name in found)  # nothing of the head, as in llama-imatrix
+    for name, sums in found.items():
         np.testing.assert_allclose(sums, expected[name], rtol=MOST, err_msg=name)
 
 
 def test_chunks_are_read_from_the_beginning_each(tmp_path):
     path, heard = tiny_gguf(tmp_path / "m.gguf", n_layer=2, attention=(0,)), []
-    both = measure(path, TOKENS, 64, progress=heard.append)
-    first, second = measure(path, TOKENS, 64, n_chunks=1), measure(path, TOKENS[64:], 64)
-    assert heard == [64, 64] and first.n_chunks == second.n_chunks == 1
-    for name, sums in both.sums.items():
-        np.testing.assert_array_equal(sums, first.sums[name] + second.sums[name])
+    both = measure(path, CHUNKS, heard.append)
+    first, second = measure(path, CHUNKS[:1]), measure(path, CHUNKS[1:])
+    assert heard == [64, 64]
+    for name, sums in both.items():
+        np.testing.assert_array_equal(sums, first[name] + second[name])
 
 
 def test_logits_stay_the_same(tmp_path):
@@ -77,16 +79,21 @@ def test_logits_stay_the_same(tmp_path):
     np.testing.assert_array_equal(logits[1], logits[3])
 
 
-def test_refused(tmp_path):
-    path = tiny_gguf(tmp_path / "m.gguf")
-    with pytest.raises(LFM2Error, match="has 63 tokens, expected a chunk of 64"):
-        measure(path, TOKENS[:63], 64)
-
+def test_a_model_that_overflows_is_refused(tmp_path):
     def break_it(weights):
         weights["blk.1.ffn_norm.weight"][:] = 1e30
 
-    with pytest.raises(ModelFormatError, match="the inputs of blk.1.ffn_gate.weight are not finite"):
-        measure(tiny_gguf(path, edit=break_it), TOKENS, 64)
+    with pytest.raises(ModelFormatError, match="inputs of blk.1.ffn_gate.weight are not finite"):
+        measure(tiny_gguf(tmp_path / "m.gguf", edit=break_it), CHUNKS)
+
+
+def test_chunks_of_a_text():
+    """Whole ones, each with a BOS in place of its first token, as many as are asked for."""
+    assert CHUNKS == [[BOS, *TOKENS[at + 1 : at + 64]] for at in (0, 64)]
+    assert text_chunks(TOKENS, 64, bos=None, n_chunks=1) == [TOKENS[:64]]
+    assert text_chunks(TOKENS, 75, bos=None) == [TOKENS[:75], TOKENS[75:]]
+    with pytest.raises(LFM2Error, match="has 63 tokens, expected a chunk of 64"):
+        text_chunks(TOKENS[:63], 64, bos=BOS)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert.cli:convert", "Hugging Face checkpoint -> GGUF."),
     "quantize": ("quant.cli:quantize", "GGUF -> smaller GGUF."),
     "imatrix": ("lfm2cpp.cli.imatrix:imatrix", "Which weights matter on a text, for quantize --imatrix."),
+    "perplexity": ("lfm2cpp.cli.perplexity:perplexity", "How surprised a model is by a text: what quantizing cost."),
     "run": ("lfm2cpp.cli.run:run", "Answer one prompt; stdout carries only the text."),
     "chat": ("lfm2cpp.cli.chat:chat", "Talk to a model in the terminal."),
     "parity": ("lfm2cpp.cli.parity:parity", "Compare with Hugging Face, layer by layer."),

@@ -23,7 +23,7 @@ def _env(name: str) -> list[str]:
     return [f"LFM2_{name}", f"LLAMA_ARG_{name}"]
 
 
-def _decorate(function: F, options: list[Callable[[F], F]]) -> F:
+def decorate(function: F, options: list[Callable[[F], F]]) -> F:
     for option in reversed(options):
         function = option(function)
     return function
@@ -31,7 +31,7 @@ def _decorate(function: F, options: list[Callable[[F], F]]) -> F:
 
 def file_options(function: F) -> F:
     """-m, -hf: which file."""
-    return _decorate(function, [
+    return decorate(function, [
         click.option("-m", "--model", metavar="FILE", envvar=_env("MODEL"), help="GGUF file."),
         click.option("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", envvar=_env("HF_REPO"),
                      help="A GGUF of the Hugging Face hub instead; downloaded once."),
@@ -42,7 +42,7 @@ def file_options(function: F) -> F:
 
 def model_options(function: F) -> F:
     """Which file, and how to run it."""
-    return _decorate(function, [
+    return decorate(function, [
         file_options,
         click.option("-c", "--ctx-size", type=int, default=0, metavar="N", envvar=_env("CTX_SIZE"),
                      help="Tokens of context; 0: what the model was made for, at most 32768.", show_default=True),
@@ -59,7 +59,7 @@ def model_options(function: F) -> F:
 
 def sampling_options(function: F) -> F:
     """How to choose a token, and when to stop."""
-    return _decorate(function, [
+    return decorate(function, [
         click.option("--temp", "--temperature", "temp", type=float, metavar="N", help=f"0 is greedy. {SAMPLING_HELP}"),
         click.option("--top-k", type=int, metavar="N", help=f"0 is off. {SAMPLING_HELP}"),
         click.option("--top-p", type=float, metavar="N", help=f"1 is off. {SAMPLING_HELP}"),
