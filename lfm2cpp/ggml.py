@@ -84,6 +84,14 @@ block_q5_1 = np.dtype([
 ])  # fmt: skip
 assert block_q5_1.itemsize == 24
 
+block_iq4_nl = np.dtype([
+    ("d", "<f2"),              # scale
+    ("qs", "u1", 16),          # nibbles: indices into IQ4_NL_VALUES
+])  # fmt: skip
+assert block_iq4_nl.itemsize == 18
+# ggml's kvalues_iq4nl: what a number of 4 bits stands for, denser around zero
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 block_q8_0 = np.dtype([
     ("d", "<f2"),              # scale
     ("qs", "i1", QK8_0),
@@ -150,7 +158,7 @@ TRAITS: dict[GGMLType, TypeTraits] = {
     GGMLType.IQ2_XS: TypeTraits(QK_K, 74),
     GGMLType.IQ3_XXS: TypeTraits(QK_K, 98),
     GGMLType.IQ1_S: TypeTraits(QK_K, 50),
-    GGMLType.IQ4_NL: TypeTraits(32, 18),
+    GGMLType.IQ4_NL: TypeTraits(32, 18, block_iq4_nl),
     GGMLType.IQ3_S: TypeTraits(QK_K, 110),
     GGMLType.IQ2_S: TypeTraits(QK_K, 82),
     GGMLType.IQ4_XS: TypeTraits(QK_K, 136),

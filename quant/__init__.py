@@ -6,6 +6,7 @@
     encode.py           float32 rows -> bytes of any type, and back
     legacy.py           the encoders of 32-element blocks
     legacy_weighted.py  the same by importance
+    iq4_nl.py           that of 32-element blocks whose levels are not evenly spaced
     k_quants.py         the encoders of 256-element super-blocks
     search.py           how they look for the scales with the least error
     vectors.py          what all of these are written in

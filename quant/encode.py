@@ -1,7 +1,8 @@
 """float32 rows -> the bytes of any type that can be written, and stored rows -> float32.
 
-The block types' encoders are kernels (legacy.py, k_quants.py; legacy_weighted.py), loaded when first needed; F32, F16
-and BF16 are NumPy. Importances, one float32 for each column of a matrix, change what the searches of all but Q8_0 find.
+The block types' encoders are kernels (legacy.py, iq4_nl.py, k_quants.py; legacy_weighted.py), loaded when first needed;
+F32, F16 and BF16 are NumPy. Importances, one float32 for each column of a matrix, change what the searches of all but
+Q8_0 find.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KERNELS: dict[GGMLType, str] = {
     GGMLType.Q5_0: "quant.legacy:quantize_blocks_q5_0",
     GGMLType.Q5_1: "quant.legacy:quantize_blocks_q5_1",
     GGMLType.Q8_0: "quant.legacy:quantize_blocks_q8_0",
+    GGMLType.IQ4_NL: "quant.iq4_nl:quantize_blocks_iq4_nl",
     GGMLType.Q4_K: "quant.k_quants:quantize_blocks_q4_K",
     GGMLType.Q5_K: "quant.k_quants:quantize_blocks_q5_K",
     GGMLType.Q6_K: "quant.k_quants:quantize_blocks_q6_K",

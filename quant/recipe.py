@@ -25,7 +25,7 @@ class Upgrade:
     part: str
     ggml_type: GGMLType
     applies: Callable[[int, int], bool]
-    weighted: bool = False  # only where the matrices are quantized by importance
+    weighted: bool | None = None  # only where the matrices are quantized by importance; False: only where not
 
 
 def first_four(i: int, n: int) -> bool:
@@ -59,6 +59,9 @@ MEDIUM = Upgrade("attn_v", GGMLType.Q6_K, use_more_bits), Upgrade("ffn_down", GG
 # By importance, the first layers of ffn_down want a minimum.
 WEIGHTED_Q4_0 = (Upgrade("ffn_down", GGMLType.Q4_1, first_eighth, weighted=True),)
 WEIGHTED_Q5_0 = (Upgrade("ffn_down", GGMLType.Q5_1, first_eighth, weighted=True),)
+# Without, those of IQ4_NL want more bits. (Its attn_v, too, where four query heads share a KV head already in the first
+# layer; an LFM2's first layer has none.)
+IQ4_NL_MORE = (Upgrade("ffn_down", GGMLType.Q5_K, first_eighth, weighted=False),)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -67,6 +70,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("Q4_1", FileType.Q4_1, GGMLType.Q4_1, GGMLType.Q6_K, "5 bits, scale and minimum"),
         Recipe("Q5_0", FileType.Q5_0, GGMLType.Q5_0, GGMLType.Q6_K, "5.5 bits", WEIGHTED_Q5_0),
         Recipe("Q5_1", FileType.Q5_1, GGMLType.Q5_1, GGMLType.Q6_K, "6 bits, scale and minimum"),
+        Recipe("IQ4_NL", FileType.IQ4_NL, GGMLType.IQ4_NL, GGMLType.Q6_K, "4.5 bits, denser at zero", IQ4_NL_MORE),
         Recipe("Q4_K_S", FileType.Q4_K_S, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 5.5 in a few layers", SMALL),
         Recipe("Q4_K_M", FileType.Q4_K_M, GGMLType.Q4_K, GGMLType.Q6_K, "4.5 bits, 6.6 in some layers", MEDIUM),
         Recipe("Q5_K_S", FileType.Q5_K_S, GGMLType.Q5_K, GGMLType.Q6_K, "5.5 bits"),
@@ -141,7 +145,7 @@ def _special_types(recipe: Recipe, subjects: Mapping[str, Subject], weighted: bo
         return {}
     found = {TOKEN_EMBD if OUTPUT not in subjects else OUTPUT: recipe.head}
     for upgrade in recipe.upgrades:
-        if upgrade.weighted and not weighted:
+        if upgrade.weighted not in (None, weighted):
             continue
         of_part = [name for name in subjects if re.fullmatch(rf"blk\.\d+\.{upgrade.part}\.weight", name)]
         for i, name in enumerate(of_part):

@@ -20,7 +20,7 @@ from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.scalar import pointer
 from lfm2cpp.kernels.vector import Vec, call_llvm, shuffle, splat, vector_op
 
-f32x16, f32x32, u8x32 = Vec("f32", 16), Vec("f32", 32), Vec("i8", 32)
+f32x16, f32x32, i32x32, u8x32 = Vec("f32", 16), Vec("f32", 32), Vec("i32", 32), Vec("i8", 32)
 I32 = ir.IntType(32)
 MAGNITUDE, INFINITY = 0x7FFFFFFF, 0x7F800000  # as the bits of a float32: all but its sign, and infinity
 SCALARS = {"f32": types.float32, "i32": types.int32, "i8": types.uint8}

@@ -38,6 +38,8 @@ SHIFTS = [6, 0, 2, 4][: simd.PIECES]
 gather_halves, gather_nibbles = simd.make_gather_halves(RUNS), simd.make_gather_nibbles(RUNS, HIGH)
 pick_bits, pick_one = simd.make_bits_by_piece(SHIFTS, 3, 4), simd.make_bits_by_piece([5] * simd.PIECES, 7, 0)
 SPREAD = [37, 0, 127, 64, 9, 9, 31, 8, 100, 16, 55, 120, 7, 90, 63, 1]  # a bit of a piece for each of its bytes
+TABLE = [7, 250, 0, 128, 1, 90, 33, 127, 255, 64, 5, 200, 16, 99, 3, 61]
+look_up = simd.make_look_up(TABLE)
 spread_bits = simd.make_spread_bits(SPREAD, 32)
 PLACES = [2 * (W + 1) * 4, 0, 5 * (W + 1) * 4, (W + 1) * 4, 4 * (W + 1) * 4, 7 * (W + 1) * 4]  # rows of W + 1
 transpose_rows = simd.make_transpose_rows(PLACES)
@@ -166,6 +168,7 @@ def run_words(far, out):
 def five_words(x, out):
     a, b = simd.load_bytes(x), simd.load_bytes(x + ROW)
     simd.store_bytes(out, spread_bits(a))
+    simd.store_bytes(out + 3 * ROW, look_up(simd.low_nibbles(a)))
     low, high = simd.fives(a, b)
     simd.store_bytes(out + ROW, low)
     simd.store_bytes(out + 2 * ROW, high)

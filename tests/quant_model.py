@@ -69,20 +69,20 @@ SHAPES = {
     "extra": Shape(64, 96, 2, (0, 1), extra={"adapter.weight": (32, 64), "blk.1.adapter_norm.weight": (2, 64)}),
 }
 K_FILES = ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
-ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *K_FILES, "Q6_K", "Q8_0")
+ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", *K_FILES, "Q6_K", "Q8_0")
 OTHER_SHAPES = [shape for shape in SHAPES if shape not in ("plain", "layers")]
 CASES = [
     *(Case("plain", "F32", target) for target in (*ENCODED, "F16", "BF16", "F32", "COPY")),
     *(Case("plain", "F32", target, pure=True) for target in ENCODED),
     *(Case("plain", source, target) for source in ("F16", "BF16") for target in ("Q4_0", "Q8_0", "F32", "F16", "BF16")),
     *(Case("plain", source, target) for source in ENCODED for target in ("Q4_0", "Q6_K", "F16")),
-    *(Case(shape, "F32", target) for shape in OTHER_SHAPES for target in ("Q4_0", "Q8_0", "Q6_K", "Q4_K_M", "F16")),
-    *(Case("layers", "F32", target) for target in K_FILES),
+    *(Case(shape, "F32", target) for shape in OTHER_SHAPES for target in ("Q4_0", "Q8_0", "Q6_K", "Q4_K_M", "IQ4_NL", "F16")),
+    *(Case("layers", "F32", target) for target in (*K_FILES, "IQ4_NL")),
     Case("untied", "F32", "Q4_0", pure=True),
     *(Case("plain", "F32", target, imatrix=True) for target in (*ENCODED, "F16")),
     *(Case("plain", "F32", target, pure=True, imatrix=True) for target in ENCODED),
     *(Case("plain", source, "Q4_0", imatrix=True) for source in ("BF16", "Q5_1")),
-    *(Case("layers", "F32", target, imatrix=True) for target in ("Q4_0", "Q5_0", "Q4_K_M")),
+    *(Case("layers", "F32", target, imatrix=True) for target in ("Q4_0", "Q5_0", "Q4_K_M", "IQ4_NL")),
     *(Case(shape, "F32", target, imatrix=True) for shape in ("untied", "narrow", "deep") for target in ("Q4_1", "Q4_K_M")),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2cpp.ggml import block_q4_K, block_q5_K, block_q6_K
+from lfm2cpp.ggml import IQ4_NL_VALUES, block_iq4_nl, block_q4_K, block_q5_K, block_q6_K
 
 F = np.float32
 F32 = NDArray[np.float32]
@@ -183,6 +183,32 @@ def quantize_q5_K(x: F32, qw: F32 | None = None) -> bytes:
     block["qs"] = (pairs[:, 0] | pairs[:, 1] << 4).reshape(128)
     block["qh"] = np.bitwise_or.reduce(levels >> 4 << np.arange(8, dtype=np.uint8)[:, None], axis=0)
     return block.tobytes()
+
+
+def quantize_iq4_nl(x: F32, qw: F32 | None = None) -> bytes:
+    """A row -> its blocks; of two values equally near the upper one."""
+    values = np.array(IQ4_NL_VALUES, np.float32)
+    middles = (values[1:] + values[:-1]) / F(2)
+    out = []
+    for i in range(0, len(x), 32):
+        part, block = x[i : i + 32], np.zeros((), block_iq4_nl)
+        w = part * part
+        if qw is not None:
+            w = qw[i : i + 32] * np.sqrt(in_order(part * part) * F(2 / 32) + part * part)
+        largest, scale, best = part[np.argmax(np.abs(part))], F(0), None
+        if abs(largest) >= F(1e-15):
+            for inverse in (F(1) / (largest / F(127)), *(F(step - 127) / largest for step in range(-7, 8))):
+                q = values[np.searchsorted(middles, inverse * part, side="right")]
+                sum_qx, sum_q2 = in_order(w * q * part), in_order(w * q * q)
+                if sum_q2 > 0 and (best is None or sum_qx * sum_qx > best * sum_q2):
+                    scale = sum_qx / sum_q2
+                    best = scale * sum_qx
+                best = F(0) if best is None else best
+        block["d"] = np.float16(scale)
+        levels = np.searchsorted(middles, (F(1) / scale if scale else F(0)) * part, side="right").astype(np.uint8)
+        block["qs"] = levels[:16] | levels[16:] << 4
+        out.append(block.tobytes())
+    return b"".join(out)
 
 
 def quantize_legacy(x: F32, qw: F32, bits: int, affine: bool) -> bytes:

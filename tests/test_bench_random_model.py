@@ -102,7 +102,7 @@ def test_the_engine_runs_it(tmp_path: Path, file_type: str) -> None:
         assert vocab.detokenize(vocab.tokenize("Hello, W\u00f6rld 123")) == "Hello, W\u00f6rld 123"
         head = file.tensors["token_embd.weight"].ggml_type
     base = file_type.removesuffix("-pure").removesuffix("_M")
-    assert head.name == ("Q6_K" if file_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M") else base)
+    assert head.name == ("Q6_K" if file_type in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K_M", "Q5_K_M") else base)
     with Engine(path, n_ctx=64, n_threads=1) as engine:
         (logits,) = engine.evaluate([(engine.sequence(), list(range(40)))], logits="all")
     assert np.isfinite(logits).all()

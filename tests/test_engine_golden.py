@@ -26,7 +26,7 @@ MAX_RMS_BF16 = float(STORED["llama_cpp BF16"][0]) if widths.BF16_PAIRS else MAX_
 # Against the float64 reference on the same stored weights: rounding for floats, 8-bit activations for blocks.
 MAX_RMS_REFERENCE = {
     "F32": 3e-6, "F16": 3e-6, "BF16": 0.02 if widths.BF16_PAIRS else 3e-6,
-    "Q8_0": 0.05, "Q4_0": 0.05, "Q4_1": 0.05, "Q5_0": 0.05, "Q5_1": 0.05, "Q4_K": 0.05, "Q5_K": 0.05, "Q6_K": 0.05,
+    "Q8_0": 0.05, "Q4_0": 0.05, "Q4_1": 0.05, "Q5_0": 0.05, "Q5_1": 0.05, "IQ4_NL": 0.05, "Q4_K": 0.05, "Q5_K": 0.05, "Q6_K": 0.05,
 }  # fmt: skip
 IDS = golden_ids()
 
@@ -119,7 +119,7 @@ def test_float_files_of_any_shape(tmp_path: Path, shape: str, name: str) -> None
 
 
 @pytest.mark.parametrize("shape", [s for s, c in ODD_SHAPES.items() if c.get("n_embd", 256) % 32 == 0])
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"])
 def test_block_files_of_any_shape(tmp_path: Path, shape: str, name: str) -> None:
     """Widths are multiples of 32, not of what a vector holds."""
     path, ids = tiny_gguf(tmp_path / "m.gguf", types=name, **ODD_SHAPES[shape]), random_ids(70)
@@ -133,7 +133,7 @@ def test_block_files_of_any_shape(tmp_path: Path, shape: str, name: str) -> None
 def test_types_may_differ_from_tensor_to_tensor(tmp_path: Path, norm_name: str) -> None:
     types = {
         r"token_embd": "Q6_K", r"^output\.": "Q8_0", r"blk\.0.*ffn_gate": "Q4_0", r"blk\.0.*ffn_up": "Q4_1",
-        r"ffn_down": "F16", r"attn_q\.": "BF16", r"attn_k": "Q8_0", r"attn_v": "F32", r"in_proj": "Q6_K",
+        r"ffn_down": "F16", r"attn_q\.": "BF16", r"attn_k": "IQ4_NL", r"attn_v": "F32", r"in_proj": "Q6_K",
         r"out_proj": "Q5_1", r"attn_output": "Q5_0", r"blk\.1.*ffn_gate": "Q4_K", r"blk\.1.*ffn_up": "Q5_K", r".": "Q8_0",
     }  # fmt: skip
     path = tiny_gguf(tmp_path / "m.gguf", types=types, tied=False, norm_name=norm_name)

@@ -274,12 +274,12 @@ def test_a22_extra_tensors_are_a_warning(tmp_path: Path) -> None:
 
 def test_tensor_types_without_a_kernel(tmp_path: Path) -> None:
     def store(t: Tensors) -> None:
-        t["blk.0.ffn_up.weight"] = ((128, 64), GGMLType.IQ4_NL, bytes(128 * 2 * 18))
+        t["blk.0.ffn_up.weight"] = ((128, 64), GGMLType.MXFP4, bytes(128 * 2 * 17))
         t["blk.0.ffn_norm.weight"] = ((64,), GGMLType.F16, bytes(128))
 
     message = refusal(edited(tmp_path, store))
     assert message.startswith(
-        "2 tensors of a type that cannot be run yet: blk.0.ffn_norm.weight F16 (must be F32), blk.0.ffn_up.weight IQ4_NL"
+        "2 tensors of a type that cannot be run yet: blk.0.ffn_norm.weight F16 (must be F32), blk.0.ffn_up.weight MXFP4"
     )
 
 

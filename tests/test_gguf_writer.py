@@ -37,7 +37,7 @@ def rewrite(source: Path, target: Path) -> bytes:
     return target.read_bytes()
 
 
-@pytest.mark.parametrize("types", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("types", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"])
 def test_read_then_write_is_identity_for_gguf_py(types: str, tmp_path: Path) -> None:
     source = tiny_gguf(tmp_path / "m.gguf", types=types, n_layer=2, attention=(1,))
     assert rewrite(source, tmp_path / "copy.gguf") == source.read_bytes()

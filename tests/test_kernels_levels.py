@@ -213,7 +213,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not level.target().level.has_matrices, reason="this level multiplies no matrices")
-@pytest.mark.parametrize("types", ["Q4_0 Q6_K", *(pytest.param(two, marks=pytest.mark.slow) for two in ("Q4_1 Q8_0", "Q5_0 Q5_1", "Q4_K Q5_K"))])
+@pytest.mark.parametrize("types", ["Q4_0 Q6_K", *(pytest.param(two, marks=pytest.mark.slow) for two in ("Q4_1 Q8_0", "Q5_0 IQ4_NL", "Q5_1 IQ4_NL", "Q4_K Q5_K"))])
 def test_matrices_and_vectors_give_the_same_bits(types: str) -> None:
     with_matrices, in_vectors = (
         run_at("", "-c", PRODUCTS, *types.split(), LFM2CPP_SIMD=name) for name in ("avx512-amx", "avx512-vnni")

@@ -203,15 +203,16 @@ def test_halves_and_nibbles_of_runs() -> None:
         check(found[2 + half], np.concatenate(nibbles))
 
 
-def test_numbers_of_five_bits() -> None:
+def test_numbers_of_five_bits_and_values_of_four() -> None:
     for i in range(8):
         a, b = octets(2 * i), octets(2 * i + 1)
-        found = say("five_words", 3, x=rows(a, b))
+        found = say("five_words", 4, x=rows(a, b))
         bits = np.unpackbits(a.reshape(PIECES, 16), axis=1, bitorder="little")  # (piece, 128)
         check(found[0], (bits[:, kernel_words.SPREAD] * 32).reshape(4 * W))
         fifth = np.unpackbits(b.reshape(PIECES, 16), axis=1, bitorder="little")[:, :32] << 4
         check(found[1], (a & 15) | fifth[:, :16].reshape(4 * W))
         check(found[2], (a >> 4) | fifth[:, 16:].reshape(4 * W))
+        check(found[3], np.array(kernel_words.TABLE, np.uint8)[a & 15])
 
 
 def dots(u: NDArray, w: NDArray, a: NDArray, acc: NDArray) -> None:

@@ -56,7 +56,7 @@ def test_an_f32_file_is_equal_in_every_intermediate(shape, runner, tmp_path):
         assert [line.name for line in report.lines if line.phase == phase] == expected
 
 
-@pytest.mark.parametrize("types", ["BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", Q4_0], ids=str)
+@pytest.mark.parametrize("types", ["BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "IQ4_NL", "Q4_1", Q4_0], ids=str)
 def test_another_file_is_as_good_as_it_can_be(types, checkpoint, runner, tmp_path):
     report = check(checkpoint, tiny_gguf(tmp_path / "m.gguf", types=types, **SHAPE), runner)
     assert report.ok, report.failure()

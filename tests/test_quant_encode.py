@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from quant_model import N_KINDS, bell, hard_row, uniform
-from quant_reference import quantize_legacy, quantize_q4_K, quantize_q5_K, quantize_q6_K
+from quant_reference import quantize_iq4_nl, quantize_legacy, quantize_q4_K, quantize_q5_K, quantize_q6_K
 
 from lfm2cpp.ggml import TRAITS, GGMLType, row_nbytes
 from quant import encode
 from quant.encode import ENCODABLE, KERNELS, EncodingError, decode_rows, encode_rows
 
-TWINS = {GGMLType.Q4_K: quantize_q4_K, GGMLType.Q5_K: quantize_q5_K, GGMLType.Q6_K: quantize_q6_K}
+K_TWINS = {GGMLType.Q4_K: quantize_q4_K, GGMLType.Q5_K: quantize_q5_K, GGMLType.Q6_K: quantize_q6_K}
+TWINS = {GGMLType.IQ4_NL: quantize_iq4_nl, **K_TWINS}
 WEIGHTED_TWINS = TWINS | {
     GGMLType.Q4_0: partial(quantize_legacy, bits=4, affine=False), GGMLType.Q4_1: partial(quantize_legacy, bits=4, affine=True),
     GGMLType.Q5_0: partial(quantize_legacy, bits=5, affine=False), GGMLType.Q5_1: partial(quantize_legacy, bits=5, affine=True),
@@ -33,11 +34,11 @@ AFFINE = [GGMLType.Q4_1, GGMLType.Q5_1, *SUB_BLOCKS]
 # What one level spans at most, as a share of the block's largest magnitude (affine types: of max - min).
 LEVEL = {
     "Q8_0": 1 / 127, "Q4_0": 1 / 8, "Q5_0": 1 / 16, "Q4_1": 1 / 15, "Q5_1": 1 / 31, "Q4_K": 1 / 13, "Q5_K": 1 / 29,
-    "Q6_K": 1 / 29,
+    "Q6_K": 1 / 29, "IQ4_NL": 24 / 113,
 }  # fmt: skip
 # Levels times scales: how often the scale of the block, a half with an error of up to 2^-25, is taken at most.
 MULTIPLES = {
-    "Q8_0": 127, "Q4_0": 8, "Q5_0": 16, "Q4_1": 16, "Q5_1": 32, "Q4_K": 16 * 63, "Q5_K": 32 * 63, "Q6_K": 32 * 128,
+    "Q8_0": 127, "Q4_0": 8, "Q5_0": 16, "Q4_1": 16, "Q5_1": 32, "Q4_K": 16 * 63, "Q5_K": 32 * 63, "Q6_K": 32 * 128, "IQ4_NL": 127,
 }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def test_hard_rows_by_importance_equal_the_plain_twin(ggml_type, n):
     """Of as many blocks as fill the lanes of a search, of fewer and of more."""
     rows, qw, twin = hard_rows(n, 1), np.abs(bell(n, 5)), WEIGHTED_TWINS[ggml_type]
     with np.errstate(all="ignore"):
-        if ggml_type in TWINS:
+        if ggml_type in K_TWINS:
             expected = [twin(row[i : i + 256], qw[i : i + 256]) for row in rows for i in range(0, n, 256)]
         else:
             expected = [twin(row, qw) for row in rows]

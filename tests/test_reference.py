@@ -194,7 +194,7 @@ def test_silu_and_softmax_do_not_overflow():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("types", ["F32", "BF16", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K", {"token_embd": "Q6_K", "attn_v": "F16", ".": "Q4_0"}])
+@pytest.mark.parametrize("types", ["F32", "BF16", "Q8_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q5_K", {"token_embd": "Q6_K", "attn_v": "F16", ".": "Q4_0"}])
 def test_a_file_is_the_model_of_its_stored_weights(types, keep, tmp_path):
     """Also under the other name of the final norm."""
     model = load_model(tiny_gguf(tmp_path / "m.gguf", types=types, norm_name="output_norm"), keep=keep)

@@ -11,7 +11,7 @@ from lfm2cpp.errors import ModelFormatError
 from lfm2cpp.ggml import TRAITS, GGMLType
 from lfm2cpp.gguf.dequantize import dequantize
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def oracle(data: np.ndarray, ggml_type: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_encoded_weights_come_back_near(name):
     """Half a step of each type, for values in -1..1."""
     w = np.random.default_rng(4).uniform(-1, 1, (8, 512)).astype(np.float32)
     limit = {
-        "F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 240, "Q4_0": 1 / 7, "Q4_1": 1 / 14, "Q5_0": 1 / 15, "Q5_1": 1 / 30, "Q4_K": 1 / 11,
+        "F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 240, "Q4_0": 1 / 7, "Q4_1": 1 / 14, "Q5_0": 1 / 15, "Q5_1": 1 / 30, "IQ4_NL": 1 / 8, "Q4_K": 1 / 11,
         "Q5_K": 1 / 20, "Q6_K": 1 / 30,
     }  # fmt: skip
     back = dequantize(encode(w, GGMLType[name]) if name != "F32" else w, GGMLType[name], w.shape)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2cpp.arch import iter_tensors, lfm2
-from lfm2cpp.ggml import FileType, GGMLType, block_q4_K, block_q5_K, block_q6_K
+from lfm2cpp.ggml import IQ4_NL_VALUES, FileType, GGMLType, block_iq4_nl, block_q4_K, block_q5_K, block_q6_K
 
 F32 = NDArray[np.float32]
 Weights = dict[str, F32]  # by GGUF name
@@ -88,8 +88,8 @@ def tiny_gguf(
 ) -> Path:
     """Write a tiny model to `path` and return it.
 
-    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K, or {regex: type}, first
-    match wins and no match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
+    `types` stores the matrices: one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL Q4_K Q5_K Q6_K, or {regex:
+    type}, first match wins and no match is F32. Norms and convolution taps stay F32. `norm_name` is the final norm's tensor ("output_norm" in files
     of other writers). `edit` changes a copy of the float weights before they are stored (a fault, or a state worth
     testing). `metadata` overrides or adds keys, and None removes one. `shape` are the fields of TinyShape.
     """
@@ -199,10 +199,22 @@ def to_bf16(x: F32) -> F32:
 
 def encode(w: F32, ggml_type: GGMLType) -> NDArray[np.uint8]:
     """w (rows, n) -> the bytes of its rows (rows, nbytes) in `ggml_type`."""
-    if ggml_type in K_ENCODERS:
-        return K_ENCODERS[ggml_type](w)
+    if ggml_type in ENCODERS:
+        return ENCODERS[ggml_type](w)
     data = gguf.quants.quantize(w, gguf.GGMLQuantizationType(ggml_type))
     return np.ascontiguousarray(data).view(np.uint8)
+
+
+def encode_iq4_nl(w: F32) -> NDArray[np.uint8]:
+    """A plain, valid IQ4_NL encoding: the largest of 32 becomes the lowest value, the others the nearest."""
+    x, values = w.reshape(-1, 32), np.array(IQ4_NL_VALUES, np.float32)
+    blocks = np.zeros(len(x), block_iq4_nl)
+    blocks["d"] = np.take_along_axis(x, np.abs(x).argmax(-1)[:, None], -1)[:, 0] / values[0]
+    d = blocks["d"].astype(np.float32)
+    scaled = x / np.where(d != 0, d, 1)[:, None]
+    q = np.abs(scaled[..., None] - values).argmin(-1).astype(np.uint8)
+    blocks["qs"] = q[:, :16] | q[:, 16:] << 4
+    return blocks.view(np.uint8).reshape(len(w), -1)
 
 
 def encode_q4_K(w: F32) -> NDArray[np.uint8]:
@@ -269,7 +281,9 @@ def encode_q6_K(w: F32) -> NDArray[np.uint8]:
     return blocks.view(np.uint8).reshape(len(w), -1)
 
 
-K_ENCODERS = {GGMLType.Q4_K: encode_q4_K, GGMLType.Q5_K: encode_q5_K, GGMLType.Q6_K: encode_q6_K}
+ENCODERS = {  # of what gguf does not encode
+    GGMLType.IQ4_NL: encode_iq4_nl, GGMLType.Q4_K: encode_q4_K, GGMLType.Q5_K: encode_q5_K, GGMLType.Q6_K: encode_q6_K,
+}  # fmt: skip
 
 
 def tiny_tokens(tiny: TinyShape) -> tuple[list[str], list[tuple[str, str]]]:

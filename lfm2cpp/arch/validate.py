@@ -24,7 +24,7 @@ from .table import KeySpec, TensorEntry, iter_tensors
 # The weight types that have kernels; norms and convolution taps are F32 always.
 WEIGHT_TYPES = frozenset({
     GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q4_K,
-    GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q5_K, GGMLType.Q6_K,
+    GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.IQ4_NL,
 })  # fmt: skip
 MAX_LISTED = 5
 

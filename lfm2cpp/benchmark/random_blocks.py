@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2cpp.ggml import (
+    IQ4_NL_VALUES,
     QK_K,
     TRAITS,
     GGMLType,
+    block_iq4_nl,
     block_q4_0,
     block_q4_1,
     block_q4_K,
@@ -80,6 +82,13 @@ def _q4_0(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
     blocks = np.empty(n, block_q4_0)
     blocks["qs"] = random_bytes(bits, n * 16).reshape(n, 16)
     blocks["d"] = _scales(bits, n, std / _uniform_std(16))
+    return blocks
+
+
+def _iq4_nl(bits: np.random.SFC64, n: int, std: float) -> np.ndarray:
+    blocks = np.empty(n, block_iq4_nl)
+    blocks["qs"] = random_bytes(bits, n * 16).reshape(n, 16)
+    blocks["d"] = _scales(bits, n, std / float(np.std(IQ4_NL_VALUES)))
     return blocks
 
 
@@ -154,6 +163,7 @@ _MAKERS: dict[GGMLType, Callable[[np.random.SFC64, int, float], np.ndarray]] = {
     GGMLType.BF16: _bf16,
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
+    GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.Q5_0: _q5_0,
     GGMLType.Q5_1: _q5_1,
     GGMLType.Q8_0: _q8_0,

@@ -24,8 +24,8 @@ from .random_blocks import RANDOM_TYPES, random_chunks
 from .shapes import Shape
 
 TYPES = (
-    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_0-pure", "Q4_1", "Q4_1-pure", "Q5_0", "Q5_0-pure", "Q5_1",
-    "Q5_1-pure", "Q4_K_M", "Q4_K_M-pure", "Q5_K_M", "Q5_K_M-pure", "Q6_K",
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_0-pure", "Q4_1", "Q4_1-pure", "IQ4_NL", "IQ4_NL-pure", "Q5_0",
+    "Q5_0-pure", "Q5_1", "Q5_1-pure", "Q4_K_M", "Q4_K_M-pure", "Q5_K_M", "Q5_K_M-pure", "Q6_K",
 )  # fmt: skip
 SPECIALS = (
     "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|fim_pre|>", "<|fim_mid|>", "<|fim_suf|>", "<|im_start|>",

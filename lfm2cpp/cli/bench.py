@@ -136,8 +136,8 @@ def bench(
 
     Numbers may be lists and ranges: 1,2,4 or 64-512*2 or 128-512+128. Tokenization, sampling and compilation are not
     part of a sample. SHAPE is one of 230M 350M 700M 1.2B 2.6B, perhaps with changes such as n_vocab=128000; TYPE is one
-    of F32 F16 BF16 Q8_0 Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q4_K_M Q5_K_M, the last six also with -pure behind. With -p 0 -n 0 the
-    file is written and nothing measured.
+    of F32 F16 BF16 Q8_0 Q6_K Q4_0 Q4_1 IQ4_NL Q5_0 Q5_1 Q4_K_M Q5_K_M, the last seven also with -pure behind. With -p 0
+    -n 0 the file is written and nothing measured.
     """
     from lfm2cpp.threads import default_threads
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2cpp.errors import ModelFormatError
-from lfm2cpp.ggml import QK_K, TRAITS, GGMLType
+from lfm2cpp.ggml import IQ4_NL_VALUES, QK_K, TRAITS, GGMLType
 
 F32 = NDArray[np.float32]
 
@@ -63,6 +63,12 @@ def dequantize_q5_0(blocks: NDArray) -> F32:
 def dequantize_q5_1(blocks: NDArray) -> F32:
     """x = d * q + m, q in 0..31; 32 elements share d and m"""
     return _scale(blocks["d"]) * (_nibbles(blocks["qs"]) + _fifth_bits(blocks["qh"])) + _scale(blocks["m"])
+
+
+def dequantize_iq4_nl(blocks: NDArray) -> F32:
+    """x = d * IQ4_NL_VALUES[q]; 32 elements share d"""
+    values = np.array(IQ4_NL_VALUES, np.float32)[_nibbles(blocks["qs"]).astype(np.intp)]
+    return _scale(blocks["d"]) * values
 
 
 def dequantize_q4_K(blocks: NDArray) -> F32:
@@ -135,6 +141,7 @@ _DEQUANTIZE: dict[GGMLType, Callable[[NDArray], F32]] = {
     GGMLType.Q4_1: dequantize_q4_1,
     GGMLType.Q5_0: dequantize_q5_0,
     GGMLType.Q5_1: dequantize_q5_1,
+    GGMLType.IQ4_NL: dequantize_iq4_nl,
     GGMLType.Q4_K: dequantize_q4_K,
     GGMLType.Q5_K: dequantize_q5_K,
     GGMLType.Q6_K: dequantize_q6_K,

@@ -21,7 +21,7 @@ from .widths import BF16_PAIRS, PAIR_SUMS
 
 _VNNI = not {"avx512vnni", "avxvnni"}.isdisjoint(LEVEL.features)
 NEON = LEVEL.name.startswith("neon")
-I8_BIAS = 128 if _VNNI else 0
+I8_BIAS = PANEL_I8_FLIP = 128 if _VNNI else 0
 
 
 def _vpdpbusd(builder, acc, u, a):
@@ -110,8 +110,15 @@ def dot_bf16(builder, w, a, acc):
 
 @vector_op(bytes_, bytes_)
 def panel_i8(builder, w):
-    """Signed weights as a panel holds them, used many times over: made unsigned where the product wants that"""
+    """Signed weights as a panel holds them, used many times over: made unsigned where the product wants that, by
+    flipping the bits of PANEL_I8_FLIP"""
     return builder.xor(w, constant(I8_VECTOR, 128)) if _VNNI else w
+
+
+@vector_op(i32, i32, bytes_, bytes_)
+def dot_panel_i8(builder, acc, w, a):
+    """dot_i8 of weights that went through panel_i8"""
+    return dot_panel_i8_value(builder, acc, w, a)
 
 
 @vector_op(i32, i32, bytes_, bytes_)

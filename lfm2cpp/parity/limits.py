@@ -38,6 +38,7 @@ WEIGHT = {
     GGMLType.Q5_0: 0.13,
     GGMLType.Q5_1: 0.13,
     GGMLType.Q4_1: 0.25,
+    GGMLType.IQ4_NL: 0.25,
     GGMLType.Q4_0: 0.25,
 }
 

@@ -57,7 +57,7 @@ _ROUNDINGS: tuple[tuple[Callable[[F64], F64], tuple[GGMLType, ...]], ...] = (
     (keep, (GGMLType.F32,)),
     (round_f16, (GGMLType.F16,)),
     (round_bf16, (GGMLType.BF16,)),
-    (round_q8_0, (GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q4_0, GGMLType.Q4_1)),
+    (round_q8_0, (GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.IQ4_NL)),
     (round_q8_K, (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)),
 )
 

@@ -22,6 +22,7 @@ from .arithmetic import (
     keep_first,
     low_nibbles,
     make_bits_by_piece,
+    make_look_up,
     make_spread_bits,
     maximum,
     minimum,

@@ -214,6 +214,31 @@ def make_spread_bits(bits, value):
     return spread
 
 
+def make_look_up(table):
+    """look_up(a): every byte 0..15 becomes the table's byte of that number"""
+    pieces = constant(I8_VECTOR, list(table) * PIECES)
+    shuffles = {512: "llvm.x86.avx512.pshuf.b.512", 256: "llvm.x86.avx2.pshuf.b"}
+
+    def by_bits(builder, a, values, bit):
+        """Of a table as long as there are numbers of the bits up to `bit`"""
+        if bit < 0:
+            return constant(I8_VECTOR, values[0])
+        half = len(values) // 2
+        low, high = by_bits(builder, a, values[:half], bit - 1), by_bits(builder, a, values[half:], bit - 1)
+        is_clear = builder.icmp_unsigned("==", builder.and_(a, constant(I8_VECTOR, 1 << bit)), NONE)
+        return builder.select(is_clear, low, high)
+
+    @vector_op(bytes_, bytes_)
+    def look_up(builder, a):
+        if LEVEL.bits in shuffles:
+            return call_llvm(builder, shuffles[LEVEL.bits], I8_VECTOR, pieces, a)
+        if "neon" in LEVEL.features:
+            return call_llvm(builder, "llvm.aarch64.neon.tbl1.v16i8", I8_VECTOR, pieces, a)
+        return by_bits(builder, a, list(table), 3)
+
+    return look_up
+
+
 @vector_op(types.UniTuple(bytes_, 2), bytes_, bytes_)
 def fives(builder, nibbles, fifth):
     """Numbers of 5 bits, two vectors: low nibbles below the first 16 bits of their piece of `fifth`, and high nibbles

@@ -42,8 +42,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import q4_0, q4_1, q4_K, q5_0, q5_1, q5_K, q6_K, q8_0
+from . import iq4_nl, q4_0, q4_1, q4_K, q5_0, q5_1, q5_K, q6_K, q8_0
 
 BLOCK_TYPES: dict[str, ModuleType] = {
     "q4_0": q4_0, "q4_1": q4_1, "q4_K": q4_K, "q5_0": q5_0, "q5_1": q5_1, "q5_K": q5_K, "q6_K": q6_K, "q8_0": q8_0,
+    "iq4_nl": iq4_nl,
 }  # as kernels are named  # fmt: skip
