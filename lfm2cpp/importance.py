@@ -24,6 +24,8 @@ def measure_importances(
     `engine` was made with sum_squares. `progress(n)` hears of every n tokens. Raises ModelFormatError for a model whose
     activations are NaN or infinite.
     """
+    assert engine.plan.sum_squares
+    engine.take_squares()  # what others may have left
     sums: dict[str, F64] = {}
     for chunk in chunks:
         with engine.sequence() as sequence:

@@ -23,7 +23,7 @@ TYPES = "\n".join(f"  {recipe.name:6} {recipe.summary}" for recipe in RECIPES.va
 @click.command(epilog=f"\b\nTypes:\n{TYPES}", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
 @click.option(
-    "--imatrix", metavar="FILE", type=click.Path(), help="Weigh errors by the importances of llama-imatrix in FILE."
+    "--imatrix", metavar="FILE", type=click.Path(), help="Weigh errors by an importance matrix (lfm2cpp imatrix)."
 )
 @click.option("--pure", is_flag=True, help="The base type for every matrix; refused where rows do not fit it.")
 @click.option("--dry-run", is_flag=True, help="Show what would become of each tensor; write nothing.")

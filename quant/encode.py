@@ -33,10 +33,13 @@ KERNELS: dict[GGMLType, str] = {
     GGMLType.Q5_K: "quant.k_quants:quantize_blocks_q5_K",
     GGMLType.Q6_K: "quant.k_quants:quantize_blocks_q6_K",
 }
-# Of rows whose columns have importances.
-WEIGHTED_KERNELS: dict[GGMLType, str] = KERNELS | {
-    t: KERNELS[t].replace("legacy", "legacy_weighted")
-    for t in (GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1)
+# Of the types that importances make a difference to; these encoders take them.
+WEIGHTED_KERNELS: dict[GGMLType, str] = {
+    GGMLType.Q4_0: "quant.legacy_weighted:quantize_blocks_q4_0",
+    GGMLType.Q4_1: "quant.legacy_weighted:quantize_blocks_q4_1",
+    GGMLType.Q5_0: "quant.legacy_weighted:quantize_blocks_q5_0",
+    GGMLType.Q5_1: "quant.legacy_weighted:quantize_blocks_q5_1",
+    **{t: KERNELS[t] for t in (GGMLType.IQ4_NL, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)},
 }
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 ENCODABLE = (*FLOAT_TYPES, *KERNELS)
@@ -99,7 +102,8 @@ def row_slabs(n_rows: int, n_per_row: int) -> Iterator[tuple[int, int]]:
 
 def kernel_name(ggml_type: GGMLType, importance: F32 | None = None) -> str | None:
     """Of the encoder, if it is a kernel."""
-    return (KERNELS if importance is None else WEIGHTED_KERNELS).get(ggml_type)
+    weighted = WEIGHTED_KERNELS.get(ggml_type) if importance is not None else None
+    return weighted or KERNELS.get(ggml_type)
 
 
 def load_kernels(names: Iterable[str | None]) -> None:
@@ -136,7 +140,8 @@ def _encode_blocks(kernel: str, rows: F32, block_size: int, out: U8, importance:
     from lfm2cpp.kernels.library import library
 
     bad, n_per_row = np.zeros(1, np.int64), rows.shape[1]
-    assert importance is None or (importance.dtype == np.float32 and importance.shape == (n_per_row,))
+    if importance is not None:
+        assert importance.dtype == np.float32 and importance.shape == (n_per_row,) and importance.flags.c_contiguous
     library().load([kernel])[kernel]({
         "src": rows.ctypes.data,
         "dst": out.ctypes.data,

@@ -9,7 +9,7 @@ from lfm2cpp.errors import ModelFormatError
 from lfm2cpp.gguf import Value
 from lfm2cpp.gguf.imatrix import ImportanceMatrix
 
-MAX_TEXT_BYTES = 127  # of a name
+MAX_TEXT_BYTES = 127  # of a string that llama-quantize adds to the metadata (llama_model_kv_override.val_str)
 
 
 def check_importances(imatrix: ImportanceMatrix, rows: Mapping[str, int]) -> None:
@@ -28,14 +28,15 @@ def check_importances(imatrix: ImportanceMatrix, rows: Mapping[str, int]) -> Non
 
 def imatrix_metadata(imatrix: ImportanceMatrix) -> dict[str, Value]:
     """What llama-quantize notes of it in the quantized file."""
-    found = {"quantize.imatrix.file": Value.string(_cut(imatrix.path))}
+    found = {"quantize.imatrix.file": _text(os.fsencode(imatrix.path))}
     if imatrix.dataset is not None:
-        found["quantize.imatrix.dataset"] = Value.string(_cut(imatrix.dataset))
+        found["quantize.imatrix.dataset"] = _text(imatrix.dataset)
     found["quantize.imatrix.entries_count"] = Value.u32(len(imatrix.columns))
     if imatrix.n_chunks:
         found["quantize.imatrix.chunks_count"] = Value.u32(imatrix.n_chunks)
     return found
 
 
-def _cut(text: str) -> str:
-    return os.fsencode(text)[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+def _text(text: bytes) -> Value:
+    """Cut where llama-quantize cuts it, but for a part of a character: strings of a GGUF file are UTF-8."""
+    return Value.string(text[:MAX_TEXT_BYTES].decode("utf-8", "ignore"))

@@ -88,8 +88,8 @@ def scale_search(columns, weights):
 
 
 @device
-def mean_squares(columns):
-    """Twice those of 16 blocks"""
+def sigma2_of(columns):
+    """ggml's sigma2, twice the mean square, of 16 blocks"""
     total = splat_16(np.float32(0))
     for i in range(32):
         x = load_f32x16(columns + 64 * i)
@@ -108,7 +108,7 @@ def quantize_blocks_iq4_nl(src, dst, n_blocks, row_blocks, importance, bad):
             if importance:
                 transpose(importance + 128 * (ib % row_blocks), 1, 32, weights + 4 * lane)
         if importance:
-            weigh_by_importance(columns, 32, weights, mean_squares(columns))
+            weigh_by_importance(columns, 32, weights, sigma2_of(columns))
         else:
             weigh_by_square(columns, 32, weights)
         store(scales, scale_search(columns, weights))

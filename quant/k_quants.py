@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from lfm2cpp.kernels.compiler import device, kernel
-from lfm2cpp.kernels.scalar import load_f32, load_u8, store_f32, store_i8, store_i16, store_i64
+from lfm2cpp.kernels.scalar import load_f32, load_u8, load_u16, store_f32, store_i8, store_i16, store_i64
 
 from .legacy import finite_half
 from .search import (
     GROUP_MAX_EPS,
+    MAX_STEP,
     WEIGHTED_SHIFT,
     WEIGHTED_STEP,
     WEIGHTED_STEPS,
@@ -143,6 +144,17 @@ def store_six_bits(scales, minima, out):
 
 
 @device
+def load_six_bits(packed, scales, minima):
+    """What store_six_bits has stored; of larger numbers it has spoilt others"""
+    for j in range(4):
+        first, second, low = load_u8(packed + j), load_u8(packed + 4 + j), load_u8(packed + 8 + j)
+        store_i8(scales + j, first & MAX_STEP)
+        store_i8(minima + j, second & MAX_STEP)
+        store_i8(scales + 4 + j, (low & 15) | ((first >> 6) << 4))
+        store_i8(minima + 4 + j, (low >> 4) | ((second >> 6) << 4))
+
+
+@device
 def store_sub_block_levels(x, n_max, step, minimum, inverse, origin, levels):
     """32 levels, a byte each. Where the step is zero, those of the search stay, as in ggml."""
     row = load_f32x32(x)
@@ -153,72 +165,87 @@ def store_sub_block_levels(x, n_max, step, minimum, inverse, origin, levels):
 
 
 @device
-def store_mean_squares(x, y, out):
-    """Twice the mean square of the 256 elements at x in eight lanes, and of those at y in eight more"""
+def store_sigma2(x, y, out):
+    """ggml's sigma2, twice the mean square, of the 256 elements at x in eight lanes, and of those at y in eight more"""
     for half in range(2):
-        twice = np.float32(2) * sum_of_squares(y if half else x, 256) / np.float32(256)
+        sigma2 = np.float32(2) * sum_of_squares(y if half else x, 256) / np.float32(256)
         for lane in range(8):
-            store_f32(out + 32 * half + 4 * lane, twice)
+            store_f32(out + 32 * half + 4 * lane, sigma2)
 
 
-def make_quantize_blocks(n_max: int, block_bytes: int, first_shift: float, n_steps: int, store_packed: Any) -> Any:
+def make_quantize_blocks(
+    n_max: int, block_bytes: int, first_shift: float, n_steps: int, clamps: bool, store_packed: Any
+) -> Any:
     """An encoder of blocks that begin with d, dmin and 6-bit numbers; store_packed(levels, out) does the rest.
 
-    first_shift, n_steps: of the search without importances. Lanes are the sub-blocks of two blocks; the last of an odd
+    first_shift, n_steps: of the search without importances. clamps: whether steps that have wrapped are clamped before
+    they are packed; ggml does so for one of the two types. Lanes are the sub-blocks of two blocks; the last of an odd
     number is done twice.
     """
 
     @device
-    def search(src, first, second, row_blocks, importance, columns, weights, tried, mean_squares):
-        """affine_search for the sub-blocks of blocks first and second; with importances also their mean squares"""
+    def search(src, first, second, row_blocks, importance, columns, weights, tried, sigma2):
+        """affine_search for the sub-blocks of blocks first and second; with importances also their sigma2"""
         transpose(src + 1024 * first, 8, 32, columns)
         transpose(src + 1024 * second, 8, 32, columns + 32)
         shift, step, n = np.float32(first_shift), np.float32(0.1), n_steps
         if importance:
             transpose(importance + 1024 * (first % row_blocks), 8, 32, weights)
             transpose(importance + 1024 * (second % row_blocks), 8, 32, weights + 32)
-            store_mean_squares(src + 1024 * first, src + 1024 * second, mean_squares)
-            weigh_by_importance(columns, 32, weights, load_f32x16(mean_squares))
+            store_sigma2(src + 1024 * first, src + 1024 * second, sigma2)
+            weigh_by_importance(columns, 32, weights, load_f32x16(sigma2))
             shift, step, n = np.float32(WEIGHTED_SHIFT), np.float32(WEIGHTED_STEP), WEIGHTED_STEPS
         else:
             weigh_by_magnitude(columns, 32, weights)
         return affine_search(columns, weights, tried, 32, n_max, shift, step, n)
 
+    @device
+    def store_steps(out, scales, minima, sums, importance, scale_steps, minimum_steps):
+        """A block's d, dmin and 6-bit numbers, which stay at scale_steps and minimum_steps; whether both are finite"""
+        if importance:
+            d, dmin = weighted_steps(scales, sums, scale_steps), weighted_steps(minima, sums, minimum_steps)
+        else:
+            d, dmin = plain_steps(scales, scale_steps), plain_steps(minima, minimum_steps)
+        if clamps:
+            for j in range(8):
+                store_i8(scale_steps + j, min(load_u8(scale_steps + j), MAX_STEP))
+                store_i8(minimum_steps + j, min(load_u8(minimum_steps + j), MAX_STEP))
+        store_i16(out, d)
+        store_i16(out + 2, dmin)
+        store_six_bits(scale_steps, minimum_steps, out + 4)
+        load_six_bits(out + 4, scale_steps, minimum_steps)
+        return finite_half(d) and finite_half(dmin)
+
     def quantize_blocks(src, dst, n_blocks, row_blocks, importance, bad):
         columns, weights, tried, levels = stack(2048), stack(2048), stack(2048), stack(256)
         scales, minima, inverses, origins = stack(64), stack(64), stack(64), stack(64)
-        sums, mean_squares = stack(64), stack(64)
+        sums, sigma2 = stack(64), stack(64)
         scale_steps, minimum_steps = stack(8), stack(8)
         for pair in range(0, n_blocks, 2):
             second = min(pair + 1, n_blocks - 1)
-            found = search(src, pair, second, row_blocks, importance, columns, weights, tried, mean_squares)
+            found = search(src, pair, second, row_blocks, importance, columns, weights, tried, sigma2)
             store(scales, found[0])
             store(minima, np.float32(0) - found[1])
             store(inverses, found[2])
             store(origins, found[3])
             store(sums, found[4])
             for ib in range(pair, second + 1):
-                x, out, first = src + 1024 * ib, dst + block_bytes * ib, 8 * (ib - pair)
-                lane = 4 * first
-                if importance:
-                    d = weighted_steps(scales + lane, sums + lane, scale_steps)
-                    dmin = weighted_steps(minima + lane, sums + lane, minimum_steps)
-                else:
-                    d, dmin = plain_steps(scales + lane, scale_steps), plain_steps(minima + lane, minimum_steps)
-                finite = finite_elements(x) and finite_half(d) and finite_half(dmin)
-                if importance:  # else every weight would be infinite, and d zero
-                    finite = finite and bits(load_f32(mean_squares + lane)) < INFINITY
+                x, out, lane = src + 1024 * ib, dst + block_bytes * ib, 32 * (ib - pair)
+                finite = store_steps(
+                    out, scales + lane, minima + lane, sums + lane, importance, scale_steps, minimum_steps
+                )
+                finite = finite and finite_elements(x)
+                if importance:  # else all sums would be infinite or NaN
+                    finite = finite and bits(load_f32(sigma2 + lane)) & MAGNITUDE < INFINITY
                 if not finite:
                     store_i64(bad, ib)
                     return
+                d, dmin = f32_of_f16(load_u16(out)), f32_of_f16(load_u16(out + 2))
                 for j in range(8):
-                    step = f32_of_f16(d) * np.float32(load_u8(scale_steps + j))
-                    minimum = f32_of_f16(dmin) * np.float32(load_u8(minimum_steps + j))
+                    step = d * np.float32(load_u8(scale_steps + j))
+                    minimum = dmin * np.float32(load_u8(minimum_steps + j))
                     inverse, origin = load_f32(inverses + lane + 4 * j), load_f32(origins + lane + 4 * j)
                     store_sub_block_levels(x + 128 * j, n_max, step, minimum, inverse, origin, levels + 32 * j)
-                store_i16(out, d)
-                store_i16(out + 2, dmin)
-                store_six_bits(scale_steps, minimum_steps, out + 4)
                 store_packed(levels, out + 16)
         store_i64(bad, -1)
 
@@ -243,5 +270,5 @@ def store_packed_q5_K(levels, out):
     store_packed_q4_K(levels, out + 32)
 
 
-quantize_blocks_q4_K = make_quantize_blocks(15, 144, -1.0, 20, store_packed_q4_K)
-quantize_blocks_q5_K = make_quantize_blocks(31, 176, -0.5, 15, store_packed_q5_K)
+quantize_blocks_q4_K = make_quantize_blocks(15, 144, -1.0, 20, False, store_packed_q4_K)
+quantize_blocks_q5_K = make_quantize_blocks(31, 176, -0.5, 15, True, store_packed_q5_K)

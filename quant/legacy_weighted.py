@@ -45,8 +45,20 @@ from .vectors import (
 GROUP = 16  # blocks that are searched at a time
 
 
+@device
+def largest_block(x, n_blocks):
+    """Index of the first block with the largest magnitude; NaN and infinity are the largest."""
+    found, top = 0, np.int32(-1)
+    for ib in range(n_blocks):
+        magnitude = largest(bits(load_f32x32(x + 128 * ib)) & MAGNITUDE)
+        if magnitude > top:
+            found, top = ib, magnitude
+    return found
+
+
 def make_quantize_blocks(block_bytes: int, search: Any, encode: Any) -> Any:
-    """search(columns, weights, tried, found): stores, lane by lane, what encode takes of each of GROUP blocks.
+    """search(columns, weights, tried, found): stores, lane by lane, what encode takes of each of GROUP blocks, in up to
+    four vectors.
 
     encode(x, found, out): one block; whether its scale and minimum fit halves.
     """
@@ -57,17 +69,19 @@ def make_quantize_blocks(block_bytes: int, search: Any, encode: Any) -> Any:
             store(columns + 64 * i, splat_16(np.float32(0)))
             store(weights + 64 * i, splat_16(np.float32(0)))
         for row in range(0, n_blocks, row_blocks):
-            mean_square = sum_of_squares(src + 128 * row, 32 * row_blocks) / np.float32(32 * row_blocks)
+            sigma2 = sum_of_squares(src + 128 * row, 32 * row_blocks) / np.float32(32 * row_blocks)
+            if bits(sigma2) & MAGNITUDE >= INFINITY:
+                store_i64(bad, row + largest_block(src + 128 * row, row_blocks))
+                return
             for first in range(0, row_blocks, GROUP):
                 n, x = min(GROUP, row_blocks - first), src + 128 * (row + first)
                 transpose(x, n, 32, columns)
                 transpose(importance + 128 * first, n, 32, weights)
-                weigh_by_importance(columns, 32, weights, splat_16(mean_square))
+                weigh_by_importance(columns, 32, weights, splat_16(sigma2))
                 search(columns, weights, tried, found)
                 for i in range(n):
                     ib = row + first + i
-                    finite = largest(bits(load_f32x32(x + 128 * i)) & MAGNITUDE) < INFINITY
-                    if not finite or not encode(x + 128 * i, found + 4 * i, dst + block_bytes * ib):
+                    if not encode(x + 128 * i, found + 4 * i, dst + block_bytes * ib):
                         store_i64(bad, ib)
                         return
         store_i64(bad, -1)
@@ -97,9 +111,8 @@ def make_quantize_signed(block_bytes: int, n_max: int, store_block: Any) -> Any:
 def make_quantize_affine(block_bytes: int, n_max: int, store_block: Any) -> Any:
     @device
     def search(columns, weights, tried, found):
-        shift, step = np.float32(WEIGHTED_SHIFT), np.float32(WEIGHTED_STEP)
         scale, low, inverse, origin, _ = affine_search(
-            columns, weights, tried, 32, n_max, shift, step, WEIGHTED_STEPS
+            columns, weights, tried, 32, n_max, WEIGHTED_SHIFT, WEIGHTED_STEP, WEIGHTED_STEPS
         )
         store(found, scale)
         store(found + 64, low)

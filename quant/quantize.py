@@ -214,7 +214,10 @@ def _missing_importances(imatrix: ImportanceMatrix, tensors: list[PlannedTensor]
     ]
     if not missing:
         return []
-    return [f"{imatrix.path}: has no importances for {len(missing)} matrices, the first being {missing[0]}"]
+    return [
+        f"{imatrix.path}: has no importances for {len(missing)} matrices, the first being {missing[0]}; "
+        "they are quantized without"
+    ]
 
 
 def _metadata(gguf: GGUFFile, recipe: Recipe) -> Metadata:

@@ -1,4 +1,5 @@
-"""Searches for the scales of small groups of weights, as ggml's make_qx_quants, make_qkx2/3_quants and make_qp_quants.
+"""Searches for the scales of small groups of weights, as make_qx_quants, make_qkx2/3_quants and make_qp_quants of ggml
+(ggml-quants.c of llama.cpp 0c1e570), operation for operation.
 
 A search is many dependent sums in a fixed order, so the lanes of a vector are groups, each summing its own elements one
 after the other as ggml does. `columns` is the address of such groups: vector i holds element i of 16 of them. So are
@@ -82,11 +83,11 @@ def weigh_by_magnitude(columns, n, weights):
 
 
 @device
-def weigh_by_importance(columns, n, weights, mean_square):
-    """importance * sqrt(mean_square + x^2), where `weights` holds the importances; mean_square: one a group"""
+def weigh_by_importance(columns, n, weights, sigma2):
+    """importance * sqrt(sigma2 + x^2), where `weights` holds the importances; sigma2: one a group"""
     for i in range(n):
         x = load_f32x16(columns + 64 * i)
-        store(weights + 64 * i, load_f32x16(weights + 64 * i) * square_root(mean_square + x * x))
+        store(weights + 64 * i, load_f32x16(weights + 64 * i) * square_root(sigma2 + x * x))
 
 
 @device
@@ -176,8 +177,9 @@ def affine_search(columns, weights, levels, n, n_max, first_shift, shift_step, n
     inverse * (x - origin). levels: room for n vectors.
     """
     low = high = load_f32x16(columns)
-    sum_w = sum_x = splat_16(np.float32(0))
-    for i in range(n):
+    sum_w = load_f32x16(weights)
+    sum_x = sum_w * low  # not from zero: all may be -0
+    for i in range(1, n):
         x, weight = load_f32x16(columns + 64 * i), load_f32x16(weights + 64 * i)
         low, high = select(x < low, x, low), select(x > high, x, high)
         sum_w = sum_w + weight
@@ -214,7 +216,8 @@ def affine_search(columns, weights, levels, n, n_max, first_shift, shift_step, n
     return scale, low, kept_inverse, origin, sum_w
 
 
-# Eight scales or minima as multiples 0 .. MAX_STEP, at `steps`, of a half, which is returned by its bits
+# Eight scales or minima, one after the other, as multiples 0 .. MAX_STEP, bytes at `steps`, of a half, whose bits are
+# returned. A scale may be negative where one element has all the weight; then its byte wraps, as in ggml.
 
 
 @device
@@ -229,27 +232,24 @@ def largest_step(values):
 
 
 @device
-def store_steps(values, inverse, steps):
-    for j in range(8):
-        step = nearest_int(inverse * load_f32(values + 4 * j)) & 255  # ggml's is a byte
-        store_i8(steps + j, min(step, MAX_STEP))
-
-
-@device
 def plain_steps(values, steps):
     """The largest becomes MAX_STEP."""
     top = largest_step(values)
-    store_steps(values, np.float32(MAX_STEP) / top if top > np.float32(0) else np.float32(0), steps)
+    inverse = np.float32(MAX_STEP) / top if top > np.float32(0) else np.float32(0)
+    for j in range(8):
+        store_i8(steps + j, min(nearest_int(inverse * load_f32(values + 4 * j)) & 255, MAX_STEP))
     return f16_of_f32(top / np.float32(MAX_STEP))
 
 
 @device
-def squared_error(values, weights, inverse):
-    """Weighted, of the eight as nearest multiples of 1 / inverse"""
+def squared_error(values, weights, inverse, as_bytes):
+    """Weighted, of the eight as nearest multiples of 1 / inverse: as bytes, which wrap, or MAX_STEP at most"""
     scale, error = np.float32(1) / inverse, np.float32(0)
     for j in range(8):
         value = load_f32(values + 4 * j)
-        difference = value - scale * np.float32(min(nearest_int(inverse * value), MAX_STEP))
+        step = nearest_int(inverse * value)
+        step = step & 255 if as_bytes else min(step, MAX_STEP)
+        difference = value - scale * np.float32(step)
         error += load_f32(weights + 4 * j) * difference * difference
     return error
 
@@ -260,22 +260,23 @@ def weighted_steps(values, weights, steps):
     ggml's make_qp_quants."""
     top = largest_step(values)
     if top < GROUP_MAX_EPS:
-        store_steps(values, np.float32(0), steps)
+        for j in range(8):
+            store_i8(steps + j, 0)
         return np.int64(0)
     inverse = np.float32(MAX_STEP) / top
-    best = squared_error(values, weights, inverse)
+    best = squared_error(values, weights, inverse, True)
     for shift in range(-4, 5):
         candidate = (np.float32(0.1) * np.float32(shift) + np.float32(MAX_STEP)) / top
-        error = squared_error(values, weights, candidate)
+        error = squared_error(values, weights, candidate, False)
         if shift != 0 and error < best:
             best, inverse = error, candidate
     sum_lx = sum_l2 = np.float32(0)
     for j in range(8):
         value, weight = load_f32(values + 4 * j), load_f32(weights + 4 * j)
-        level = np.float32(min(nearest_int(inverse * value), MAX_STEP))
-        sum_lx += weight * value * level
-        sum_l2 += weight * level * level
-    store_steps(values, inverse, steps)
+        step = min(nearest_int(inverse * value), MAX_STEP)
+        sum_lx += weight * value * np.float32(step)
+        sum_l2 += weight * np.float32(step) * np.float32(step)
+        store_i8(steps + j, step)
     changed, n_tries = True, 0
     while changed and n_tries < 5:
         changed, n_tries = False, n_tries + 1

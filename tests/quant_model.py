@@ -124,7 +124,12 @@ def hard_imatrix(path: Path, shape: str, changes: dict[str, F32] | None = None, 
     for name, (_, n) in ((name, s) for name, s in table(shape)[1].items() if name.startswith("blk") and is_matrix(name, s)):
         seed = zlib.crc32(name.encode())
         sums = np.ldexp(np.abs(bell(n, seed)), (hashed(n, seed + 4) % 12).astype(np.int32))
-        sums[hashed(n, seed + 5) % 17 == 0] = 0
+        pick = hashed(n, seed + 5)
+        sums[pick % 17 == 0] = 0
+        if seed % 3 == 0:  # nearly all columns dead: sub-blocks with one that counts, or none
+            sums[pick % 97 > 2] = 0
+        if seed % 3 == 1:  # a few that count for everything
+            sums[pick % 61 == 0] *= np.float32(1e4)
         tensors[name + ".in_sum2"] = sums.astype(np.float32)
         tensors[name + ".counts"] = np.array([391], np.float32)
     tensors |= changes or {}

@@ -1,4 +1,4 @@
-"""What searches for scales written plainly in NumPy, a block after the other: the kernels' oracle, as gguf.quants has none.
+"""What searches for scales written plainly in NumPy, a block after the other: an oracle, as gguf.quants has none.
 
 The K-quants, and with importances (`qw`, one an element) the legacy types, too. Every operation is float32 and in ggml's order; sums run over the elements one by one.
 """
@@ -113,31 +113,40 @@ def six_bits(values: F32) -> tuple[np.float16, np.ndarray]:
 
 
 def weighted_six_bits(values: F32, w: F32) -> tuple[np.float16, np.ndarray]:
-    """The same with the least error weighted by w: the best of nine scales, then step by step."""
+    """The same with the least error weighted by w: the best of nine scales, then step by step. Steps are bytes in the
+    first error and in the result, which negative values make wrap."""
     top = max(F(0), *values)
     if top < F(1e-15):
         return np.float16(0), np.zeros(8, np.uint8)
 
-    def error_of(inverse: np.float32) -> np.float32:
-        difference = values - F(1) / inverse * np.minimum(nearest_int(inverse * values), 63).astype(np.float32)
+    def error_of(inverse: np.float32, steps: np.ndarray) -> np.float32:
+        difference = values - F(1) / inverse * steps.astype(np.float32)
         return in_order(w * difference * difference)
 
-    inverses = [F(63) / top, *((F(0.1) * F(shift) + F(63)) / top for shift in (-4, -3, -2, -1, 1, 2, 3, 4))]
-    levels = np.minimum(nearest_int(min(inverses, key=error_of) * values), 63).astype(np.float32)
-    sum_lx, sum_l2 = in_order(w * values * levels), in_order(w * levels * levels)
+    inverse = F(63) / top
+    best = error_of(inverse, nearest_int(inverse * values).astype(np.uint8))
+    for shift in (-4, -3, -2, -1, 1, 2, 3, 4):
+        candidate = (F(0.1) * F(shift) + F(63)) / top
+        error = error_of(candidate, np.minimum(nearest_int(candidate * values), 63))
+        if error < best:
+            best, inverse = error, candidate
+    steps = np.minimum(nearest_int(inverse * values), 63)
+    exact = steps.astype(np.float32)
+    sum_lx, sum_l2, levels = in_order(w * values * exact), in_order(w * exact * exact), steps.astype(np.uint8)
     for _ in range(5):
         before = levels.copy()
         for j in range(8):
-            lx, l2 = sum_lx - w[j] * values[j] * levels[j], sum_l2 - w[j] * levels[j] * levels[j]
+            level = F(levels[j])
+            lx, l2 = sum_lx - w[j] * values[j] * level, sum_l2 - w[j] * level * level
             if not (lx > 0 and l2 > 0):
                 continue
-            new = F(min(nearest_int(np.array(values[j] * l2 / lx)), 63))
-            lx, l2 = lx + w[j] * values[j] * new, l2 + w[j] * new * new
+            new = min(nearest_int(np.array(values[j] * l2 / lx)), 63)
+            lx, l2 = lx + w[j] * values[j] * F(new), l2 + w[j] * F(new) * F(new)
             if new != levels[j] and lx * lx * sum_l2 > sum_lx * sum_lx * l2:
-                levels[j], sum_lx, sum_l2 = new, lx, l2
+                levels[j], sum_lx, sum_l2 = np.array(new).astype(np.uint8), lx, l2
         if (levels == before).all():
             break
-    return np.float16(sum_lx / sum_l2 if sum_l2 > 0 else F(0)), levels.astype(np.uint8)
+    return np.float16(sum_lx / sum_l2 if sum_l2 > 0 else F(0)), levels
 
 
 def quantize_sub_blocks(
@@ -155,15 +164,21 @@ def quantize_sub_blocks(
     found_scales, found_minima = (np.array([part[i] for part in found], np.float32) for i in range(2))
     block["d"], scales = six_bits(found_scales) if sums is None else weighted_six_bits(found_scales, sums)
     block["dmin"], minima = six_bits(found_minima) if sums is None else weighted_six_bits(found_minima, sums)
+    if n_max == 31:  # ggml clamps them for this type only
+        scales, minima = np.minimum(scales, 63), np.minimum(minima, 63)
+    for j in range(8):
+        block["scales"][j % 4] |= scales[j] >> 4 << 6 if j > 3 else scales[j]
+        block["scales"][4 + j % 4] |= minima[j] >> 4 << 6 if j > 3 else minima[j]
+        if j > 3:
+            block["scales"][4 + j] = scales[j] & 15 | (minima[j] & 15) << 4
+    first, second, low = block["scales"].reshape(3, 4)  # as they are read back
+    scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4])
+    minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4])
     for j in range(8):
         step = block["d"].astype(np.float32) * F(scales[j])
         minimum = block["dmin"].astype(np.float32) * F(minima[j])
         if step:
             levels[j] = np.clip(nearest_int((x[32 * j : 32 * j + 32] + minimum) / step), 0, n_max)
-        block["scales"][j % 4] |= scales[j] >> 4 << 6 if j > 3 else scales[j]
-        block["scales"][4 + j % 4] |= minima[j] >> 4 << 6 if j > 3 else minima[j]
-        if j > 3:
-            block["scales"][4 + j] = scales[j] & 15 | (minima[j] & 15) << 4
     return levels.astype(np.uint8)
 
 

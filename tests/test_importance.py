@@ -26,8 +26,8 @@ MOST = 2e-6  # relative, of a sum of some hundred squares in float32
 CHUNKS = text_chunks(TOKENS, 64, bos=BOS)
 
 
-def measure(path: Path, chunks: list[list[int]], progress=None) -> dict[str, np.ndarray]:
-    with Engine(path, n_ctx=64, n_batch=64, n_threads=2, sum_squares=True) as engine:
+def measure(path: Path, chunks: list[list[int]], progress=None, n_batch=64, n_threads=2) -> dict[str, np.ndarray]:
+    with Engine(path, n_ctx=64, n_batch=n_batch, n_threads=n_threads, sum_squares=True) as engine:
         return measure_importances(engine, chunks, progress)
 
 
@@ -58,6 +58,14 @@ def test_sums_are_those_of_the_intermediates(types, tmp_path):
         np.testing.assert_allclose(sums, expected[name], rtol=MOST, err_msg=name)
 
 
+def test_steps_and_threads_make_no_difference(tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", types="Q8_0", n_layer=2, attention=(0,))
+    expected = measure(path, CHUNKS)
+    for n_batch, n_threads in ((24, 1), (64, 3)):
+        for name, sums in measure(path, CHUNKS, n_batch=n_batch, n_threads=n_threads).items():
+            np.testing.assert_array_equal(sums, expected[name], err_msg=name)
+
+
 def test_chunks_are_read_from_the_beginning_each(tmp_path):
     path, heard = tiny_gguf(tmp_path / "m.gguf", n_layer=2, attention=(0,)), []
     both = measure(path, CHUNKS, heard.append)
@@ -67,8 +75,9 @@ def test_chunks_are_read_from_the_beginning_each(tmp_path):
         np.testing.assert_array_equal(sums, first[name] + second[name])
 
 
-def test_logits_stay_the_same(tmp_path):
-    path, logits = tiny_gguf(tmp_path / "m.gguf", types="Q8_0"), []
+@pytest.mark.parametrize("types", ["Q8_0", "BF16", "F32"])
+def test_logits_stay_the_same(types, tmp_path):
+    path, logits = tiny_gguf(tmp_path / "m.gguf", types=types), []
     for sum_squares in (False, True):
         with Engine(path, n_ctx=256, n_threads=2, sum_squares=sum_squares) as engine:
             sequence = engine.sequence()
@@ -108,7 +117,7 @@ def test_command(cli, tmp_path, monkeypatch):
     done = cli("imatrix", "-m", path, "-f", "text.txt", "-c", 32, "--chunks", 3)
     assert done.code == 0 and done.out.startswith("imatrix.gguf: 12 matrices, 3 chunks of 32 tokens"), done.err
     found = read_imatrix("imatrix.gguf")
-    assert (found.dataset, found.n_chunks, len(found.columns)) == ("text.txt", 3, 12)
+    assert (found.dataset, found.n_chunks, len(found.columns)) == (b"text.txt", 3, 12)
     done = cli("imatrix", "-m", path, "-f", "text.txt", "-c", 32)
     assert done.code == 1 and "exists already; use --force" in done.err
     done = cli("imatrix", "-m", path, "-f", "text.txt", "-c", 32, "--force", "-t", 1)
@@ -117,6 +126,14 @@ def test_command(cli, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     with read_gguf("q.gguf") as gguf:
         assert gguf.metadata["quantize.imatrix.dataset"].value == "text.txt"
+
+
+def test_a_text_of_any_name(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"w\xff.txt")
+    Path(name).write_text("Words, and more words. " * 40)
+    done = cli("imatrix", "-m", tiny_gguf(tmp_path / "m.gguf"), "-f", name, "-c", 32)
+    assert done.code == 0 and read_imatrix("imatrix.gguf").dataset == b"w\xff.txt"
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
@@ -150,5 +167,5 @@ def test_same_file_as_llama_imatrix(model, tmp_path):
     golden = Path(GOLDENS, f"{model}.imatrix.gguf")
     with read_gguf(golden) as gguf:
         sums = {name[:-8]: gguf.data(name).view(np.float32) for name in gguf.tensors if name.endswith(".in_sum2")}
-        write_imatrix(tmp_path / "i.gguf", sums, 97 * 128, dataset="calib.txt", n_chunks=97, chunk_size=128)
+        write_imatrix(tmp_path / "i.gguf", sums, dataset="calib.txt", n_chunks=97, chunk_size=128)
     assert (tmp_path / "i.gguf").read_bytes() == golden.read_bytes()

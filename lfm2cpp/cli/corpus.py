@@ -12,7 +12,7 @@ import click
 
 from lfm2cpp.errors import UsageError
 
-from .loading import CompileProgress, read_text, thread_count
+from .loading import CompileProgress, read_text, thread_count, without_last_newline
 from .options import F, decorate, file_options
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def open_corpus(
 
     if chunks == 0:
         raise UsageError("--chunks is 0, expected 1 or more, or -1 for the whole text")
-    text, n_threads = read_text(text_file, "--file", limit=MAX_TEXT), thread_count(threads)
+    text, n_threads = without_last_newline(read_text(text_file, "--file", limit=MAX_TEXT)), thread_count(threads)
     with CompileProgress() as compiling:
         engine = Engine(path, n_ctx=ctx_size, n_threads=n_threads, n_batch=min(ctx_size, N_BATCH), progress=compiling,
                         **measures)  # fmt: skip

@@ -15,13 +15,16 @@ from .loading import model_path
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @corpus_options
-@click.option("-o", "--output-file", "--output", "output", metavar="FILE", default="imatrix.gguf", show_default=True)
+@click.option("-o", "--output-file", "--output", "output", metavar="FILE", default="imatrix.gguf", show_default=True,
+              help="The importance matrix to write.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 def imatrix(output: str, force: bool, **options: Any) -> None:
     """Run a model over a text and write an importance matrix, as llama-imatrix does.
 
     The model is best an F32, F16 or BF16 one, the text some hundred kilobytes of what the model will be used for. Then:
-    lfm2cpp quantize --imatrix imatrix.gguf IN.gguf Q4_0
+
+    \b
+      lfm2cpp quantize --imatrix imatrix.gguf IN.gguf Q4_0
     """
     from lfm2cpp.files import check_destination
     from lfm2cpp.gguf.imatrix import write_imatrix
@@ -35,8 +38,7 @@ def imatrix(output: str, force: bool, **options: Any) -> None:
             sums = measure_importances(corpus.engine, corpus.chunks, bar.update)
     n_chunks = len(corpus.chunks)
     write_imatrix(
-        output, sums, corpus.n_tokens, dataset=text_file, n_chunks=n_chunks, chunk_size=n_ctx, force=force,
-        inputs=[path, text_file],
+        output, sums, dataset=text_file, n_chunks=n_chunks, chunk_size=n_ctx, force=force, inputs=[path, text_file],
     )  # fmt: skip
     click.echo(
         f"{click.format_filename(output)}: {len(sums)} matrices, {n_chunks} chunks of {n_ctx} tokens, "

@@ -64,12 +64,14 @@ class Engine:
         self.path = Path(path)
         self.gguf = read_gguf(path)
         try:
-            self._prepare(n_ctx, force, progress, trace=trace, sum_squares=sum_squares)
+            self._prepare(n_ctx, force, progress, trace, sum_squares)
         except BaseException:
             self.gguf.close()
             raise
 
-    def _prepare(self, n_ctx: int | None, force: bool, progress: Progress | None, **measures: bool) -> None:
+    def _prepare(
+        self, n_ctx: int | None, force: bool, progress: Progress | None, trace: bool, sum_squares: bool
+    ) -> None:
         self.facts = validate_model(self.gguf)
         self.hparams = hp = self.facts.hparams
         self.n_vocab, self.n_ctx = hp.n_vocab, context_size(n_ctx, hp.n_ctx_train)
@@ -81,7 +83,7 @@ class Engine:
         self.pool = PagePool(page_bytes, max_pages(page_bytes, self.n_ctx))
         self.rope = RopeTable(hp, self.n_ctx)
         self.weights, self._tables = load_weights(self.gguf, self.facts, self.layout, self.rope)
-        self.plan = Plan(self.n_batch, self.n_threads, self.n_ctx, **measures)
+        self.plan = Plan(self.n_batch, self.n_threads, self.n_ctx, trace=trace, sum_squares=sum_squares)
         record_lfm2(self.plan, self.weights, hp)
         self._logits = LogitsPool(hp.n_vocab)
         compiled = self.plan.finish(progress)
@@ -165,7 +167,8 @@ class Engine:
 
     def take_squares(self) -> dict[str, np.ndarray]:
         """Sums of the squares of what the layers' matrices were multiplied with since the last call, by tensor name:
-        float32, (row length,). Of an engine made with sum_squares."""
+        float32, (row length,). Nothing, unless the engine was made with sum_squares. An evaluation that was interrupted
+        has left its part."""
         with self.guard():
             found = {name: sums.copy() for name, sums in self.plan.squares.items()}
             for sums in self.plan.squares.values():

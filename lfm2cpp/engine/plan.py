@@ -293,6 +293,7 @@ class Plan:
         is_float = gate.ggml_type in FLOAT_TYPES
         # The float kernel takes whole panels, and leaves nothing else to the product that follows, which has n rows.
         is_whole = not is_float or n_rows % widths.PANEL_ROWS == n % widths.PANEL_ROWS == 0
+        # Gate and up are products of their own where each of their inputs or results is looked at.
         if self.trace or self.sum_squares or gate.ggml_type != up.ggml_type or not is_whole:
             g = self.mul_mat(gate, x, f"ffn_gate-{il}", sync=False)
             return self.swiglu(g, self.mul_mat(up, x, f"ffn_up-{il}"), f"ffn_swiglu-{il}")

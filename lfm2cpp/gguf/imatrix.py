@@ -8,6 +8,7 @@ NAME.counts (of how many inputs).
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ class ImportanceMatrix:
 
     path: str
     columns: dict[str, F32]
-    dataset: str | None  # the name of the text
+    dataset: bytes | None  # the name of the text, as it stands in the file
     n_chunks: int  # of it
 
 
@@ -45,14 +46,13 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
         if not names:
             raise ModelFormatError(f"{path}: holds no importances, expected tensors named *{SUMS}")
         columns = {name: _mean_squares(gguf, name) for name in names}
-    dataset = datasets[0].decode("utf-8", "replace") if datasets and isinstance(datasets[0], bytes) else None
+    dataset = datasets[0] if datasets and isinstance(datasets[0], bytes) else None
     return ImportanceMatrix(os.fspath(path), columns, dataset, n_chunks)
 
 
 def write_imatrix(
     path: str | os.PathLike[str],
-    sums: Mapping[str, F32],
-    n_inputs: int,
+    sums: Mapping[str, NDArray[np.floating]],
     *,
     dataset: str,
     n_chunks: int,
@@ -60,18 +60,18 @@ def write_imatrix(
     force: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> None:
-    """Write the sums of squares over n_inputs inputs, which were n_chunks chunks of chunk_size tokens of the text
+    """Write sums of squares, (row length,) by tensor name, over n_chunks chunks of chunk_size tokens of the text
     `dataset`, as llama-imatrix does. `inputs` are files that must not be overwritten. Raises OutputError, UsageError.
     """
     metadata = {
         "general.type": Value.string("imatrix"),
-        "imatrix.datasets": Value.strings([dataset]),
+        "imatrix.datasets": Value.strings([os.fsencode(dataset)]),
         "imatrix.chunk_count": Value.u32(n_chunks),
         "imatrix.chunk_size": Value.u32(chunk_size),
     }
     tensors = []
     for name in sorted(sums, key=str.encode):
-        for suffix, values in ((SUMS, sums[name]), (COUNTS, np.array([n_inputs], np.float32))):
+        for suffix, values in ((SUMS, sums[name]), (COUNTS, np.array([n_chunks * chunk_size], np.float32))):
             data = np.ascontiguousarray(values, np.float32).tobytes()
             tensors.append(TensorToWrite(name + suffix, values.shape, GGMLType.F32, partial(list, [data])))
     write_gguf(path, metadata, tensors, force=force, inputs=inputs)
@@ -79,13 +79,13 @@ def write_imatrix(
 
 def _open(path: str | os.PathLike[str]) -> GGUFFile:
     try:
-        gguf = read_gguf(path, use_mmap=False)
-    except ModelFormatError as error:
-        if "not a GGUF file: it starts" not in str(error):
+        gguf = read_gguf(path)
+    except ModelFormatError:
+        if not _is_older_format(path):
             raise
         raise ModelFormatError(
-            f"{path}: not an importance matrix in a GGUF file; one of the older format becomes one by: llama-imatrix "
-            "--in-file OLD -o NEW.gguf"
+            f"{path}: is an importance matrix of the older format; it becomes a GGUF file by: "
+            "llama-imatrix --in-file OLD -o NEW.gguf"
         ) from None
     if "imatrix.chunk_count" not in gguf.metadata:
         gguf.close()
@@ -93,8 +93,23 @@ def _open(path: str | os.PathLike[str]) -> GGUFFile:
     return gguf
 
 
+def _is_older_format(path: str | os.PathLike[str]) -> bool:
+    """A number of entries, then the length of the first one's name, both int32"""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if len(start) < 8 or start.startswith(b"GGUF"):
+        return False
+    n_entries, name_length = struct.unpack("<ii", start)
+    return 0 < n_entries < 1 << 20 and 0 < name_length < 256
+
+
 def _mean_squares(gguf: GGUFFile, name: str) -> F32:
-    """Sums by their count, as llama-quantize divides them."""
+    """Sums by their count, as llama-quantize divides them.
+
+    A count of zero, from which it goes on with importances of 1, is damage: a dense model's matrices meet every token.
+    """
     sums, counts = _floats(gguf, name + SUMS), _floats(gguf, name + COUNTS)
     if counts.size != 1:
         raise ModelFormatError(f"{gguf.path}: {name}{COUNTS} has {counts.size} elements, expected 1")
