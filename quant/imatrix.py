@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lfm2cpp.errors import ModelFormatError
 from lfm2cpp.gguf import Value
+from lfm2cpp.gguf.header import quoted
 from lfm2cpp.gguf.imatrix import ImportanceMatrix
 
 MAX_TEXT_BYTES = 127  # of a string that llama-quantize adds to the metadata (llama_model_kv_override.val_str)
@@ -17,12 +18,13 @@ def check_importances(imatrix: ImportanceMatrix, rows: Mapping[str, int]) -> Non
     for name, columns in imatrix.columns.items():
         if name not in rows:
             raise ModelFormatError(
-                f"{imatrix.path}: has importances for {name}, which this model lacks; it was made for another model"
+                f"{imatrix.path}: has importances for {quoted(name)}, which this model lacks; "
+                "it was made for another model"
             )
         if len(columns) != rows[name]:
             raise ModelFormatError(
-                f"{imatrix.path}: has {len(columns)} importances for {name}, whose rows have {rows[name]} elements; it "
-                "was made for another model"
+                f"{imatrix.path}: has {len(columns)} importances for {quoted(name)}, whose rows have {rows[name]} "
+                "elements; it was made for another model"
             )
 
 

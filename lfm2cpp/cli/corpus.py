@@ -47,7 +47,7 @@ class Corpus:
 
 @contextmanager
 def open_corpus(
-    path: Path, text_file: str, ctx_size: int, chunks: int, threads: int, parse_special: bool, **measures: bool
+    path: Path, text_file: str, ctx_size: int, chunks: int, threads: int, parse_special: bool, **engine_options: bool
 ) -> Iterator[Corpus]:
     """The model at `path`, loaded to measure something, and the text's chunks. UsageError, LFM2Error."""
     from lfm2cpp.corpus import text_chunks
@@ -59,7 +59,7 @@ def open_corpus(
     text, n_threads = without_last_newline(read_text(text_file, "--file", limit=MAX_TEXT)), thread_count(threads)
     with CompileProgress() as compiling:
         engine = Engine(path, n_ctx=ctx_size, n_threads=n_threads, n_batch=min(ctx_size, N_BATCH), progress=compiling,
-                        **measures)  # fmt: skip
+                        **engine_options)  # fmt: skip
     with engine:
         vocab = Vocab(engine.gguf)
         tokens = vocab.tokenize(text, add_bos=vocab.add_bos, parse_special=parse_special)

@@ -68,7 +68,8 @@ def invoke(command: click.Command, prog_name: str) -> None:
         # Not command.main: that one answers a closed pipe itself, and not with 141.
         with command.make_context(prog_name, sys.argv[1:]) as context:
             code: Any = command.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started us
+            sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said: too late to interrupt
     except click.exceptions.Exit as done:
         code = done.exit_code

@@ -17,7 +17,8 @@ from .loading import model_path
 @corpus_options
 @click.option("-o", "--output-file", "--output", "output", metavar="FILE", default="imatrix.gguf", show_default=True,
               help="The importance matrix to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True,
+              help="Replace the output if it exists; load the model even if the memory does not suffice.")
 def imatrix(output: str, force: bool, **options: Any) -> None:
     """Run a model over a text and write an importance matrix, as llama-imatrix does.
 
@@ -33,7 +34,7 @@ def imatrix(output: str, force: bool, **options: Any) -> None:
     started = time.monotonic()
     path, text_file, n_ctx = model_path(options), options["text_file"], options["ctx_size"]
     check_destination(output, size=0, force=force, inputs=[path, text_file])
-    with open_corpus(path, sum_squares=True, **options) as corpus:
+    with open_corpus(path, sum_squares=True, force=force, **options) as corpus:
         with Progress("measuring", total=corpus.n_tokens, unit=" tokens") as bar:
             sums = measure_importances(corpus.engine, corpus.chunks, bar.update)
     n_chunks = len(corpus.chunks)

@@ -15,6 +15,7 @@ from .loading import model_path
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @corpus_options
+@click.option("--force", is_flag=True, help="Load the model even if the memory does not suffice.")
 def perplexity(**options: Any) -> None:
     """Measure how surprised a model is by a text, as llama-perplexity does: less is better.
 

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from lfm2cpp.errors import ModelFormatError
 from lfm2cpp.ggml import GGMLType
 
+from .header import quoted
 from .reader import GGUFFile, read_gguf
 from .values import Value, ValueType
 from .writer import TensorToWrite, write_gguf
 
 F32 = NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"
+MAX_IMPORTANCE = 1e30  # an activation of 1e15: beyond that encoders' sums overflow
 
 
 @dataclass(frozen=True)
@@ -112,24 +114,26 @@ def _mean_squares(gguf: GGUFFile, name: str) -> F32:
     """
     sums, counts = _floats(gguf, name + SUMS), _floats(gguf, name + COUNTS)
     if counts.size != 1:
-        raise ModelFormatError(f"{gguf.path}: {name}{COUNTS} has {counts.size} elements, expected 1")
+        raise ModelFormatError(f"{gguf.path}: {quoted(name + COUNTS)} has {counts.size} elements, expected 1")
     if not 0.5 < counts[0] < 2**63:  # it is a whole number of inputs
         raise ModelFormatError(
-            f"{gguf.path}: {name}{COUNTS} is {counts[0]:g}, expected 1 or more; the model was not run on enough text"
+            f"{gguf.path}: {quoted(name + COUNTS)} is {counts[0]:g}, expected 1 or more; "
+            "the model was not run on enough text"
         )
     found = sums / np.float32(np.rint(counts[0]))
-    bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
+    bad = np.flatnonzero(~((found >= 0) & (found < MAX_IMPORTANCE)))
     if len(bad):
         raise ModelFormatError(
-            f"{gguf.path}: {name}{SUMS}[{bad[0]}] is {sums[bad[0]]}, expected a sum of squares; the file is damaged"
+            f"{gguf.path}: element {bad[0]} of {quoted(name + SUMS)} is {sums[bad[0]]:g}, expected a sum of squares; "
+            "the file is damaged"
         )
     return found
 
 
 def _floats(gguf: GGUFFile, name: str) -> F32:
     if name not in gguf.tensors:
-        raise ModelFormatError(f"{gguf.path}: tensor {name} is missing; the file is damaged")
+        raise ModelFormatError(f"{gguf.path}: tensor {quoted(name)} is missing; the file is damaged")
     ggml_type = gguf.tensors[name].ggml_type
     if ggml_type != GGMLType.F32:
-        raise ModelFormatError(f"{gguf.path}: {name} is {ggml_type.name}, expected F32")
+        raise ModelFormatError(f"{gguf.path}: {quoted(name)} is {ggml_type.name}, expected F32")
     return gguf.data(name).view(np.float32)
