@@ -18,7 +18,7 @@ from lfm2cpp.kernels.scalar import load_f32, store_i64
 from lfm2cpp.kernels.vector import constant, vector_op
 
 from .legacy import finite_half, store_q4_0
-from .search import extremes, transpose, weigh_by_importance, weigh_by_square
+from .search import extremes, sums_of_squares, transpose, weigh_by_importance, weigh_by_square
 from .vectors import (
     INFINITY,
     MAGNITUDE,
@@ -87,16 +87,6 @@ def scale_search(columns, weights):
     return select(is_zero, np.float32(0), scale)
 
 
-@device
-def sigma2_of(columns):
-    """ggml's sigma2, twice the mean square, of 16 blocks"""
-    total = splat_16(np.float32(0))
-    for i in range(32):
-        x = load_f32x16(columns + 64 * i)
-        total = total + x * x
-    return total * np.float32(2 / 32)
-
-
 @kernel
 def quantize_blocks_iq4_nl(src, dst, n_blocks, row_blocks, importance, bad):
     """x = d * value: d by search, then the nearest values. 16 at a time; the last block fills what lanes are left."""
@@ -108,7 +98,8 @@ def quantize_blocks_iq4_nl(src, dst, n_blocks, row_blocks, importance, bad):
             if importance:
                 transpose(importance + 128 * (ib % row_blocks), 1, 32, weights + 4 * lane)
         if importance:
-            weigh_by_importance(columns, 32, weights, sigma2_of(columns))
+            sigma2 = sums_of_squares(columns, 32) * np.float32(2 / 32)
+            weigh_by_importance(columns, 32, weights, sigma2)
         else:
             weigh_by_square(columns, 32, weights)
         store(scales, scale_search(columns, weights))

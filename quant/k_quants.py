@@ -1,7 +1,7 @@
 """Encoders of the K-quants: super-blocks of 256 elements whose sub-block scales are themselves quantized.
 
 Kernels over addresses, as in legacy.py; `importance` is the address of a row's row_blocks * 256 importances
-(imatrix.py), or 0. Lanes of the searches are sub-blocks.
+(gguf/imatrix.py), or 0. Lanes of the searches are sub-blocks.
 """
 
 from __future__ import annotations

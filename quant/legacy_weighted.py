@@ -1,4 +1,4 @@
-"""Encoders of Q4_0, Q4_1, Q5_0 and Q5_1 by importance (imatrix.py): a block's scale is searched for.
+"""Encoders of Q4_0, Q4_1, Q5_0 and Q5_1 by importance (gguf/imatrix.py): a block's scale is searched for.
 
 Kernels over addresses, as in legacy.py; `importance` is the address of a row's row_blocks * 32 importances. An
 element's error counts by its importance times sqrt(mean square of the row + x^2), as in ggml's quantize_row_*_impl.

@@ -207,11 +207,8 @@ def _check_sources(gguf: GGUFFile, tensors: list[PlannedTensor], allow_requantiz
 
 def _missing_importances(imatrix: ImportanceMatrix, tensors: list[PlannedTensor]) -> list[str]:
     """What to say of matrices that are quantized without importances, but for those that llama-imatrix leaves out."""
-    missing = [
-        t.name
-        for t in tensors
-        if t.target != t.source and t.target in WEIGHTED_KERNELS and t.name not in (*imatrix.columns, *UNWEIGHTED)
-    ]
+    searched = [t.name for t in tensors if t.target != t.source and t.target in WEIGHTED_KERNELS]
+    missing = [name for name in searched if name not in imatrix.columns and name not in UNWEIGHTED]
     if not missing:
         return []
     return [

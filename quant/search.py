@@ -70,13 +70,19 @@ def weigh_by_square(columns, n, weights):
 
 
 @device
-def weigh_by_magnitude(columns, n, weights):
-    """The root mean square of the group plus |x|"""
+def sums_of_squares(columns, n):
+    """Of 16 groups of n, lane by lane"""
     total = splat_16(np.float32(0))
     for i in range(n):
         x = load_f32x16(columns + 64 * i)
         total = total + x * x
-    spread = square_root(total / np.float32(n))
+    return total
+
+
+@device
+def weigh_by_magnitude(columns, n, weights):
+    """The root mean square of the group plus |x|"""
+    spread = square_root(sums_of_squares(columns, n) / np.float32(n))
     for i in range(n):
         x = load_f32x16(columns + 64 * i)
         store(weights + 64 * i, spread + as_float(bits(x) & MAGNITUDE))

@@ -21,7 +21,7 @@ from .widths import BF16_PAIRS, PAIR_SUMS
 
 _VNNI = not {"avx512vnni", "avxvnni"}.isdisjoint(LEVEL.features)
 NEON = LEVEL.name.startswith("neon")
-I8_BIAS = PANEL_I8_FLIP = 128 if _VNNI else 0
+I8_BIAS = 128 if _VNNI else 0
 
 
 def _vpdpbusd(builder, acc, u, a):
@@ -110,8 +110,7 @@ def dot_bf16(builder, w, a, acc):
 
 @vector_op(bytes_, bytes_)
 def panel_i8(builder, w):
-    """Signed weights as a panel holds them, used many times over: made unsigned where the product wants that, by
-    flipping the bits of PANEL_I8_FLIP"""
+    """Signed weights as a panel holds them, used many times over: plus I8_BIAS where the product wants them unsigned"""
     return builder.xor(w, constant(I8_VECTOR, 128)) if _VNNI else w
 
 

@@ -182,8 +182,13 @@ def _bit_matrix(shift, mask, left):
 def _times_matrices(builder, a, matrices):
     """a's bytes, as columns of bits, times the matrix of their piece"""
     longs = constant(ir.VectorType(I64, 2 * PIECES), [matrix for matrix in matrices for _ in range(2)])
-    name, zero = f"llvm.x86.vgf2p8affineqb.{LEVEL.bits}", ir.Constant(ir.IntType(8), 0)
-    return call_llvm(builder, name, I8_VECTOR, a, builder.bitcast(longs, I8_VECTOR), zero)
+    return _affine(builder, a, builder.bitcast(longs, I8_VECTOR))
+
+
+def _affine(builder, a, matrices):
+    """a's bytes, as columns of bits, times the matrix at the same 8 bytes of `matrices`"""
+    zero = ir.Constant(ir.IntType(8), 0)
+    return call_llvm(builder, f"llvm.x86.vgf2p8affineqb.{LEVEL.bits}", I8_VECTOR, a, matrices, zero)
 
 
 def make_bits_by_piece(shifts, mask, left):
@@ -243,7 +248,7 @@ def make_look_up(table):
 def fives(builder, nibbles, fifth):
     """Numbers of 5 bits, two vectors: low nibbles below the first 16 bits of their piece of `fifth`, and high nibbles
     below the 16 bits that follow"""
-    low_four = constant(I8_VECTOR, 15)
+    low_four, high_four = constant(I8_VECTOR, 15), constant(I8_VECTOR, 240)
     if not BIT_MATRICES:
         low, high = builder.and_(nibbles, low_four), builder.lshr(nibbles, constant(I8_VECTOR, 4))
         tops = [_spread_bits(builder, fifth, range(first, first + 16), 16) for first in (0, 16)]
@@ -252,12 +257,10 @@ def fives(builder, nibbles, fifth):
     zero = 4 * W
     rows = [row for half in range(2) for row in (zero, zero, zero, half, zero, zero, zero, 2 + half)]
     places = [16 * piece + row if row < zero else zero for piece in range(PIECES) for row in rows]
-    matrices = shuffle(builder, fifth, NONE, places)
     columns = constant(I8_VECTOR, [1 << i % 8 for i in range(4 * W)])
-    name = f"llvm.x86.vgf2p8affineqb.{LEVEL.bits}"
-    tops = call_llvm(builder, name, I8_VECTOR, columns, matrices, ir.Constant(ir.IntType(8), 0))
-    low = builder.or_(builder.and_(nibbles, low_four), builder.and_(tops, constant(I8_VECTOR, 240)))
-    high = builder.or_(builder.and_(nibbles, constant(I8_VECTOR, 240)), builder.and_(tops, low_four))
+    tops = _affine(builder, columns, shuffle(builder, fifth, NONE, places))
+    low = builder.or_(builder.and_(nibbles, low_four), builder.and_(tops, high_four))
+    high = builder.or_(builder.and_(nibbles, high_four), builder.and_(tops, low_four))
     swap = sum(1 << (8 * (7 - k) + (k + 4) % 8) for k in range(8))  # of the two halves of a byte
     return pack(builder, [low, _times_matrices(builder, high, [swap] * PIECES)])
 

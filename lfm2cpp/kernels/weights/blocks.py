@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lfm2cpp.kernels.compiler import device
+from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import W, fma, gather_f16, load_f32, load_i32, make_gather_f16, to_f32
 from lfm2cpp.kernels.widths import ACT_D, ACT_DS, ACT_GROUP
 
@@ -32,11 +34,34 @@ def make_block_scales(block_bytes: int, minimum: int | None = None) -> Any:
     return scale_alone if minimum is None else scale_and_minimum
 
 
+def make_sum_levels(block_bytes: int, dots: Sequence[Any], sum_pieces: Any) -> Any:
+    """sum_levels(w, a, far): lane b is the sum of level * activation over block b of the group at w.
+
+    dots: of each pair of activation vectors a word dot(w, a), the four partial sums of each piece's block, which
+    sum_pieces adds up.
+    """
+    dot_0, dot_1, dot_2, dot_3 = dots
+    ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * block_bytes, 4)
+
+    @device
+    def sum_levels(w, a, far):
+        ask_0(w, far)
+        s0 = dot_0(w, a)
+        ask_1(w, far)
+        s1 = dot_1(w, a + 8 * W)
+        ask_2(w, far)
+        s2 = dot_2(w, a + 16 * W)
+        ask_3(w, far)
+        s3 = dot_3(w, a + 24 * W)
+        return sum_pieces(s0, s1, s2, s3)
+
+    return sum_levels
+
+
 def make_dot_scaled(block_bytes: int, sum_levels: Any, table: int, times: int = 1) -> Any:
     """dot_group for x = d * (level - offset).
 
-    sum_levels(w, a, far): lane b is the sum of level * activation over block b. `times` entries of `table` are minus
-    the offset times the sum of the activations.
+    `times` entries of `table` are minus the offset times the sum of the activations.
     """
     gather_scales = make_gather_f16(block_bytes, 0)
 

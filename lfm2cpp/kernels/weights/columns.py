@@ -38,6 +38,17 @@ def gather_rows(pieces, row_bytes):
     return a, b, gather_pieces(pieces + 2 * row_bytes, step), gather_pieces(pieces + 3 * row_bytes, step)
 
 
+def make_each(word):
+    """each(columns): the eight vectors, each through `word`"""
+
+    @device
+    def each(columns):
+        a, b, c, d, e, f, g, h = columns
+        return word(a), word(b), word(c), word(d), word(e), word(f), word(g), word(h)
+
+    return each
+
+
 def make_columns(levels):
     """columns(low, high, part): the eight vectors of a block whose bytes prepare_rows has put side by side, those with
     the low bits at `low`, those with the high ones at `high`; levels(bytes, high_bytes, part) makes integers of them"""

@@ -7,7 +7,6 @@ from typing import Any
 from lfm2cpp.kernels.compiler import device
 from lfm2cpp.kernels.dot import dot2_u6
 from lfm2cpp.kernels.scalar import load_u8
-from lfm2cpp.kernels.shares import make_prefetches
 from lfm2cpp.kernels.simd import (
     W,
     fives,
@@ -19,6 +18,7 @@ from lfm2cpp.kernels.simd import (
 )
 from lfm2cpp.kernels.widths import PAIRS
 
+from .blocks import make_sum_levels
 from .columns import interleave_columns
 from .nibbles import interleave_nibbles
 
@@ -37,35 +37,20 @@ spread_0, spread_1, spread_2, spread_3, spread_4, spread_5, spread_6, spread_7 =
 )
 
 
-@device
-def _dot_pair(q, fifth, a):
-    """The four partial sums of each piece's block, whose fifth bits its piece of `fifth` begins with"""
-    low, high = fives(q, fifth)
-    return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+def _make_dot(gather: Any, gather_fifth: Any) -> Any:
+    @device
+    def dot(w, a):
+        low, high = fives(gather(w), gather_fifth(w))
+        return dot2_u6(splat_i32(0), low, load_bytes(a), high, load_bytes(a + 4 * W))
+
+    return dot
 
 
 def make_sum_fives(block_bytes: int, offset: int) -> Any:
-    """sum_fives(w, a, far): lane b is the sum of levels 0..31 by activations over block b of the group at w.
-
-    offset: of the fifth bits in a block.
-    """
-    fifth_0, fifth_1, fifth_2, fifth_3 = make_gathers(block_bytes, offset)
-    gather_0, gather_1, gather_2, gather_3 = make_gathers(block_bytes, offset + QS)
-    ask_0, ask_1, ask_2, ask_3 = make_prefetches(W * block_bytes, 4)
-
-    @device
-    def sum_fives(w, a, far):
-        ask_0(w, far)
-        s0 = _dot_pair(gather_0(w), fifth_0(w), a)
-        ask_1(w, far)
-        s1 = _dot_pair(gather_1(w), fifth_1(w), a + 8 * W)
-        ask_2(w, far)
-        s2 = _dot_pair(gather_2(w), fifth_2(w), a + 16 * W)
-        ask_3(w, far)
-        s3 = _dot_pair(gather_3(w), fifth_3(w), a + 24 * W)
-        return sum_pieces_i16(s0, s1, s2, s3)  # 8 products of at most 31 * 127 each
-
-    return sum_fives
+    """sum_levels (blocks.py) of levels 0..31; offset: of the fifth bits in a block."""
+    gathers = zip(make_gathers(block_bytes, offset + QS), make_gathers(block_bytes, offset), strict=True)
+    dots = [_make_dot(gather, gather_fifth) for gather, gather_fifth in gathers]
+    return make_sum_levels(block_bytes, dots, sum_pieces_i16)  # 8 products of at most 31 * 127 each
 
 
 @device

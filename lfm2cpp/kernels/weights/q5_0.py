@@ -12,7 +12,7 @@ from lfm2cpp.kernels.simd import splat_u8
 from lfm2cpp.kernels.widths import ACT_Z8, ACT_Z128
 
 from .blocks import make_block_scales, make_dot_scaled, make_row_group, make_sum_block
-from .columns import rows_in_file, scale_block
+from .columns import make_each, rows_in_file, scale_block
 from .fives import interleave_fives, level_at, make_sum_fives
 
 BLOCK, BLOCK_BYTES = 32, 22
@@ -30,11 +30,12 @@ def _signed(levels):
     return panel_i8(levels - splat_u8(16))
 
 
+each_signed = make_each(_signed)
+
+
 @device
 def block_columns(w, row_bytes, b):
-    p, q, r, s, t, u, v, x = interleave_fives(w + b * BLOCK_BYTES + QH, row_bytes)
-    first = _signed(p), _signed(q), _signed(r), _signed(s)
-    return first + (_signed(t), _signed(u), _signed(v), _signed(x))
+    return each_signed(interleave_fives(w + b * BLOCK_BYTES + QH, row_bytes))
 
 
 @device
