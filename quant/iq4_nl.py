@@ -41,12 +41,13 @@ TRIES = 7  # on either side of the scale that maps the largest element to LOWEST
 
 
 def _by_thresholds(builder: ir.IRBuilder, v: ir.Value, levels: tuple[int, ...], element: ir.Type, add: Callable) -> Any:
-    """The level of the value nearest to v, of two equally near ones the upper; levels: one for each of the values."""
+    """The level of the value nearest to v, of two equally near ones the upper, of NaN the last; levels: one for each of
+    the values."""
     to = ir.VectorType(element, v.type.count)
     found = constant(to, levels[0])
     for i in range(15):
         middle = constant(v.type, (IQ4_NL_VALUES[i] + IQ4_NL_VALUES[i + 1]) / 2)  # exact, as the differences beside it
-        is_above = builder.fcmp_ordered(">=", v, middle)
+        is_above = builder.fcmp_unordered(">=", v, middle)
         found = add(found, builder.select(is_above, constant(to, levels[i + 1] - levels[i]), constant(to, 0)))
     return found
 

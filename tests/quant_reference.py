@@ -59,9 +59,9 @@ def quantize_q6_K(x: F32, qw: F32 | None = None) -> bytes:
     return block.tobytes()
 
 
-def in_order(v: F32) -> np.float32:
-    """The sum, an element after the other."""
-    return np.cumsum(v, dtype=np.float32)[-1]
+def in_order(v: F32, *, from_first: bool = False) -> np.float32:
+    """The sum, an element after the other, from zero on, or from the first element on: of what is all -0 that is -0."""
+    return np.cumsum(v if from_first else np.append(F(0), v), dtype=np.float32)[-1]
 
 
 def nearest_int(v: np.ndarray) -> np.ndarray:
@@ -88,7 +88,7 @@ def affine_search(
     inverse = F(n_max) / (high - low)
     scale, kept = F(1) / inverse, levels_of(inverse)
     best = error_of(scale, kept, low)
-    sum_w, sum_x = in_order(w), in_order(w * x)
+    sum_w, sum_x = in_order(w, from_first=True), in_order(w * x, from_first=True)
     for step in range(n_steps + 1):
         levels = levels_of((F(first_shift) + F(step_size) * F(step) + F(n_max)) / (high - low))
         q = levels.astype(np.float32)

@@ -120,6 +120,17 @@ def test_hard_rows_equal_the_plain_twin(ggml_type):
     assert encode_rows(rows, ggml_type).tobytes() == expected
 
 
+@pytest.mark.parametrize(("largest", "counts_for", "block"), [
+    (1.0, 0.0, "0000 8888888888888888"), (1.0, 1e-38, "0000 8f88888888888888"), (1e-6, 1e-34, "0000 ffffffffffffffff"),
+])  # fmt: skip
+def test_a_scale_with_an_infinite_inverse_as_in_llama_cpp(largest, counts_for, block):
+    """Of IQ4_NL: one element among zeros that count for more than it does leaves a scale too small to divide by."""
+    row, qw = np.zeros((1, 32), np.float32), np.ones(32, np.float32)
+    row[0, 0], qw[0] = largest, counts_for
+    expected = bytes.fromhex(block)
+    assert encode_rows(row, GGMLType.IQ4_NL, importance=qw).tobytes()[: len(expected)] == expected
+
+
 counts = st.sampled_from([0.0, 1e-6, 0.25, 1.0, 3.0, 1e3, 1e9])
 # Of every column, or of one in many: a sub-block then has one that counts for everything.
 importances = st.one_of(
