@@ -4,7 +4,8 @@
     model.py      the forward pass, recorded as a plan; no I/O, no state
     plan.py       records ops: kernel, arguments, buffers
     team.py       threads that replay a plan
-    memory.py     all mutable state: pages of K and V, convolution states, sequences
+    memory.py     pages of K and V with snapshots of the convolution state, rows of logits
+    state.py      what one sequence holds: tokens, pages, the state of its convolutions
     sequence.py   a sequence as its user sees it
     state_file.py a sequence in a file
     engine.py     batches of tokens in, logits out

@@ -14,8 +14,8 @@ import numpy as np
 
 from lfm2cpp.errors import ContextError, UsageError
 
-from .memory import SequenceState
 from .plan import Op
+from .state import SequenceState
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lfm2cpp.errors import UsageError
 
 from .batching import token_list
-from .memory import SequenceState
+from .state import SequenceState
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -94,7 +94,7 @@ class Sequence:
         # Not release: this may run in the midst of anything, also of a change to the pool.
         if not getattr(self, "closed", True):
             self.closed = True
-            self.state.pool.abandoned.append(self.state)
+            self.state.pool.abandoned.append(self.state.release)
 
     def __reduce__(self) -> NoReturn:
         raise UsageError("a sequence cannot be pickled or copied: fork() copies it, save() writes it to a file")

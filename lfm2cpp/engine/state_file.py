@@ -28,8 +28,9 @@ from lfm2cpp.files import atomic_output
 from lfm2cpp.gguf.reader import GGUFFile
 from lfm2cpp.kernels.widths import PAGE_TOKENS
 
-from .memory import PAGE_FORMAT, PageLayout, SequenceState
+from .memory import PAGE_FORMAT, PageLayout
 from .sequence import Sequence
+from .state import SequenceState
 
 if TYPE_CHECKING:
     from .engine import Engine
