@@ -93,12 +93,13 @@ def test_a_stop_that_came_before_changes_nothing(engine: Engine) -> None:
     stop = threading.Event()
     stop.set()
     with engine.sequence() as sequence:
-        engine.evaluate([(sequence, random_ids(70))])
-        sequence.truncate(67)
-        for ids in ([20], random_ids(100)):
-            with pytest.raises(KeyboardInterrupt):
-                engine.evaluate([(sequence, ids)], stop=stop)
-            assert sequence.tokens == tuple(random_ids(67)) and sequence.state.n_past == 64
+        engine.evaluate([(sequence, random_ids(140))])
+        for n, n_evaluated in ((137, 137), (67, 64)):  # by a few tokens, and by more than it keeps columns of
+            sequence.truncate(n)
+            for ids in ([20], random_ids(100)):
+                with pytest.raises(KeyboardInterrupt):
+                    engine.evaluate([(sequence, ids)], stop=stop)
+                assert sequence.tokens == tuple(random_ids(140)[:n]) and sequence.state.n_past == n_evaluated
 
 
 @pytest.mark.parametrize("n", [10, 64, 100, 130])

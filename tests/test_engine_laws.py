@@ -10,6 +10,7 @@ import pytest
 from engine_laws import SHAPES, TokenCounter, assert_same_bits, audit, fresh, open_engine, random_ids, run
 
 from lfm2cpp.engine.engine import Engine
+from lfm2cpp.kernels.widths import KEPT_COLUMNS
 
 BORDERS = [1, 62, 63, 64, 65, 66, 126, 127, 128, 129, 130]
 IDS = random_ids(150)
@@ -92,6 +93,37 @@ def test_rolling_back_equals_never_having_left(engine: Engine, expected: np.ndar
         assert sequence.tokens == tuple(IDS[:at]) and sequence.n_past == at
         assert_same_bits(run(engine, sequence, IDS[at:], [1]), expected[at:])
         assert sequence.tokens == tuple(IDS)
+
+
+@pytest.mark.parametrize("at", BORDERS)
+@pytest.mark.parametrize("ahead", [1, 15, 0])
+def test_going_back_a_few_tokens_repeats_none(engine: Engine, expected: np.ndarray, at: int, ahead: int) -> None:
+    """Tokens are tried and taken back, again and again, where pages end and elsewhere; 0: as many as it can be."""
+    ahead, end = ahead or KEPT_COLUMNS - engine.hparams.d_conv, at + 5
+    with engine.sequence() as sequence:
+        run(engine, sequence, IDS[:at])
+        for n in range(at, end):
+            run(engine, sequence, OTHER[:ahead])
+            with sequence.fork() as fork:
+                fork.truncate(n)
+                assert fork.state.pending == []
+                assert_same_bits(run(engine, fork, IDS[n : n + 2]), expected[n : n + 2])
+            sequence.truncate(n)
+            assert sequence.state.pending == [] and sequence.tokens == tuple(IDS[:n])
+            assert_same_bits(run(engine, sequence, IDS[n : n + 1]), expected[n : n + 1])
+        assert_same_bits(run(engine, sequence, IDS[end:]), expected[end:])
+        audit(engine, [sequence])
+
+
+def test_going_back_further_than_columns_are_kept(engine: Engine, expected: np.ndarray) -> None:
+    d_conv = engine.hparams.d_conv
+    with engine.sequence() as sequence:
+        for n in (70, 64, 62, 3, 0):
+            run(engine, sequence, IDS[:n] + OTHER[: KEPT_COLUMNS - d_conv + 1])
+            sequence.truncate(n)
+            assert sequence.state.n_past == n // 64 * 64
+            assert_same_bits(run(engine, sequence, IDS[n : n + 9]), expected[n : n + 9])
+            sequence.truncate(0)
 
 
 @pytest.mark.parametrize("at", BORDERS)
@@ -184,7 +216,9 @@ def test_logits_of_the_last_token_of_all_or_of_none(engine: Engine, expected: np
     with engine.sequence() as sequence:
         assert engine.evaluate([(sequence, IDS[:66])], logits="none")[0].shape == (0, engine.n_vocab)
         assert_same_bits(engine.evaluate([(sequence, IDS[66:130])])[0], expected[129:130])
-        sequence.truncate(129)  # the 65 tokens before are repeated, but nobody asked for their logits
+        engine.evaluate([(sequence, OTHER[:70])], logits="none")
+        sequence.truncate(129)  # the token before is repeated, but nobody asked for its logits
+        assert sequence.state.pending == [IDS[128]]
         assert_same_bits(engine.evaluate([(sequence, IDS[129:])], logits="all")[0], expected[129:])
 
 

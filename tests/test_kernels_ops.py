@@ -181,21 +181,23 @@ class Conv:
         self.n, self.l_cache, self.d_conv = n, l_cache, l_cache - 1
         self.offset, self.snapshot = 128, 192  # the layer does not come first
         nbytes = 4 * self.d_conv * n
-        self.batch = Batch(runs, self.snapshot + nbytes + 64, self.offset + nbytes + 64)
+        self.batch = Batch(runs, self.snapshot + nbytes + 64, self.offset + 4 * widths.KEPT_COLUMNS * n + 64)
         self.weight = normal(l_cache, n, seed=seed + 1)
         self.bcx = normal(self.batch.n_tokens, 3 * n, seed=seed + 2)
         self.states = [normal(self.d_conv, n, seed=seed + 3 + i) for i in range(len(runs))]
-        for i, state in enumerate(self.states):
-            self.state(i)[:] = state
+        for i, ((past, _), state) in enumerate(zip(runs, self.states, strict=True)):
+            self.kept(i)[:] = np.nan
+            self.kept(i)[np.arange(past - self.d_conv, past) % widths.KEPT_COLUMNS] = state
 
-    def state(self, i: int) -> NDArray[np.float32]:
-        return self._columns(self.batch.conv[i], self.offset)
+    def kept(self, i: int) -> NDArray[np.float32]:
+        """The columns that a sequence keeps, each where its position says."""
+        return self._columns(self.batch.conv[i], self.offset, widths.KEPT_COLUMNS)
 
     def snapshot_of(self, i: int, page: int) -> NDArray[np.float32]:
-        return self._columns(self.batch.pages[i][page], self.snapshot)
+        return self._columns(self.batch.pages[i][page], self.snapshot, self.d_conv)
 
-    def _columns(self, memory: NDArray[np.uint8], offset: int) -> NDArray[np.float32]:
-        return memory[offset:][: 4 * self.d_conv * self.n].view(np.float32).reshape(self.d_conv, self.n)
+    def _columns(self, memory: NDArray[np.uint8], offset: int, count: int) -> NDArray[np.float32]:
+        return memory[offset:][: 4 * count * self.n].view(np.float32).reshape(count, self.n)
 
     def run(self, nth: int = 1, act: NDArray[np.uint8] | int = 0) -> dict[str, NDArray[np.float32]]:
         rows = {
@@ -230,7 +232,11 @@ def test_shortconv(l_cache: int, n: int, nth: int) -> None:
     for name, twin in expected.items():
         assert relative_rms(rows[name], twin) < MAX_ROUNDING, name
     for i, ((past, n_tokens), columns) in enumerate(zip(conv.batch.runs, pasts, strict=True)):
-        assert relative_rms(conv.state(i), columns[-conv.d_conv :]) < MAX_ROUNDING
+        end = past + n_tokens
+        positions = np.arange(max(past - conv.d_conv, end - widths.KEPT_COLUMNS), end)
+        kept = conv.kept(i)[positions % widths.KEPT_COLUMNS]
+        assert relative_rms(kept, columns[-len(positions) :]) < MAX_ROUNDING
+        assert np.isnan(conv.kept(i)).all(-1).sum() == widths.KEPT_COLUMNS - len(positions)  # no other was written
         for page in range((past + n_tokens) // PAGE_TOKENS):
             end = (page + 1) * PAGE_TOKENS - past  # tokens of this run before the page's end
             if end > 0:
@@ -242,16 +248,16 @@ def test_shortconv_in_pieces(n: int) -> None:
     """A prompt at once, and one token at a time from the state that the one before has left: the same bits."""
     at_once = Conv(n, 3, [(60, 9)])
     expected = at_once.run()["out"]
-    state = at_once.states[0]
+    kept = Conv(n, 3, [(60, 9)]).kept(0)
     for t in range(9):
         one = Conv(n, 3, [(60 + t, 1)])
         one.weight, one.bcx = at_once.weight, at_once.bcx[t : t + 1].copy()
-        one.state(0)[:] = state
+        one.kept(0)[:] = kept
         assert same_bits(one.run()["out"].copy(), expected[t : t + 1].copy())
-        state = one.state(0).copy()
+        kept = one.kept(0).copy()
         if t == 3:
             assert same_bits(one.snapshot_of(0, 0).copy(), at_once.snapshot_of(0, 0).copy())
-    assert same_bits(state, at_once.state(0).copy())
+    assert same_bits(kept, at_once.kept(0).copy())
 
 
 @pytest.mark.parametrize("runs", [[(3, 1)], [(3, 1), (60, 1)], [(3, 4), (60, 7)]])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lfm2cpp.errors import ContextError
-from lfm2cpp.kernels.widths import KV_COLUMN_BYTES, PAGE_TOKENS, padded_head
+from lfm2cpp.kernels.widths import KEPT_COLUMNS, KV_COLUMN_BYTES, PAGE_TOKENS, padded_head
 
 KV_TYPES = tuple(KV_COLUMN_BYTES)
 PAGE_FORMAT = 1  # of saved pages: to be raised when a kernel changes what lies where in a page
@@ -51,8 +51,9 @@ class PageLayout:
 
     kv: dict[int, KVLayer]
     conv: dict[int, ConvLayer]
-    conv_offset: int  # where the snapshot starts in a page
-    conv_bytes: int  # of a sequence's convolution state
+    conv_shape: tuple[int, int, int]  # of a sequence's convolution state, float32: layers, KEPT_COLUMNS, n_embd
+    d_conv: int  # columns of a layer's snapshot
+    conv_offset: int  # where the snapshots start in a page
     page_bytes: int
 
     @classmethod
@@ -68,13 +69,21 @@ class PageLayout:
             v_offset = aligned(offset + k_bytes)
             kv[il] = KVLayer(n_head_kv, n_embd_head, kv_type, offset, v_offset)
             offset = aligned(v_offset + v_bytes)
-        layer_bytes = aligned(4 * hparams.d_conv * hparams.n_embd)
+        d_conv, column_bytes = hparams.d_conv, 4 * hparams.n_embd
+        assert d_conv < KEPT_COLUMNS
+        state_bytes, snapshot_bytes = column_bytes * KEPT_COLUMNS, aligned(column_bytes * d_conv)
         conv = {
-            il: ConvLayer(hparams.l_cache, i * layer_bytes, offset + i * layer_bytes)
+            il: ConvLayer(hparams.l_cache, i * state_bytes, offset + i * snapshot_bytes)
             for i, il in enumerate(hparams.conv_layers)
         }
-        conv_bytes = layer_bytes * len(conv)
-        return cls(kv, conv, offset, conv_bytes, max(aligned(offset + conv_bytes), ALIGNMENT))
+        conv_shape, page_bytes = (len(conv), KEPT_COLUMNS, hparams.n_embd), offset + snapshot_bytes * len(conv)
+        return cls(kv, conv, conv_shape, d_conv, offset, max(page_bytes, ALIGNMENT))
+
+    def snapshots(self, page: np.ndarray) -> list[np.ndarray]:
+        """The last columns that a page has of each convolution layer, oldest first: float32 (d_conv, n_embd)."""
+        n_embd = self.conv_shape[2]
+        at = [conv.snapshot_offset for conv in self.conv.values()]
+        return [page[i : i + 4 * self.d_conv * n_embd].view(np.float32).reshape(self.d_conv, n_embd) for i in at]
 
 
 def aligned(n: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
-from lfm2cpp.kernels.widths import PAGE_TOKENS
+from lfm2cpp.kernels.widths import KEPT_COLUMNS, PAGE_TOKENS
 
 from .memory import PageLayout, PagePool, n_pages, zeroed
 
@@ -17,7 +18,7 @@ def prefix_key(parent: bytes, token_ids: list[int]) -> bytes:
 
 
 class SequenceState:
-    """The memory of one sequence: its tokens, its pages, its convolution state after n_past tokens.
+    """The memory of one sequence: its tokens, its pages, the columns of its convolutions before n_past.
 
     `tokens` may be longer than n_past, by fewer than PAGE_TOKENS: those in between are evaluated again with the next
     batch. While a batch runs, `settled` is False; if it stays so, the batch was torn off, and `settle` goes back to the
@@ -32,8 +33,9 @@ class SequenceState:
         self.root = b""  # what prefix hashes begin with; of a loaded sequence, the digest of its file
         self.keys: list[bytes] = []  # prefix hashes of the full pages
         self._set_addresses(np.zeros(16, np.int64))
-        self.conv = zeroed(layout.conv_bytes)
+        self.conv = zeroed(4 * math.prod(layout.conv_shape)).view(np.float32).reshape(layout.conv_shape)
         self.conv_address = self.conv.ctypes.data  # kept: asking for it takes 12 us with cold caches
+        self.first_column = -layout.d_conv  # the position of the oldest column that `conv` holds; before 0 they are 0
         self.settled = True
 
     @property
@@ -77,6 +79,7 @@ class SequenceState:
         if end > len(self.tokens):
             self.tokens += ids[len(self.tokens) - end :]
         self.n_past = end
+        self.first_column = max(self.first_column, end - KEPT_COLUMNS)
         if end // PAGE_TOKENS > len(self.keys):
             self._remember_full_pages()
         self.settled = True
@@ -99,28 +102,41 @@ class SequenceState:
         self._drop_pages(n_pages(self.n_past))
 
     def truncate(self, n: int) -> None:
-        """Keep the first n tokens: go back to the last page end and leave the rest to be evaluated again."""
-        if n < self.n_past:
+        """Keep the first n tokens: by a few tokens at once, else from the last page end, and what follows that is left
+        to be evaluated again."""
+        if self.first_column <= n - self.layout.d_conv and n < self.n_past:
+            self.settled = False
+            self._forget(n)
+            self.settled = True
+        elif n < self.n_past:
             self._go_back(n // PAGE_TOKENS)
         del self.tokens[n:]
 
     def _go_back(self, whole: int) -> None:
         """To the end of the first `whole` pages."""
         self.settled = False
-        self.n_past = whole * PAGE_TOKENS
-        del self.keys[whole:]
-        self._drop_pages(whole)
+        self._forget(whole * PAGE_TOKENS)
         self._restore_conv()
         self.settled = True
 
+    def _forget(self, n: int) -> None:
+        """All pages that the first n tokens do not need."""
+        self.n_past = n
+        del self.keys[n // PAGE_TOKENS :]
+        self._drop_pages(n_pages(n))
+        if n == 0:
+            self.root = b""
+
     def _restore_conv(self) -> None:
         """The convolution state at n_past, a page end."""
+        self.first_column = self.n_past - self.layout.d_conv
         if self.n_past == 0:
-            self.root = b""
             self.conv[:] = 0
-        else:
-            page = self.pool.view(self.pages[self.n_past // PAGE_TOKENS - 1])
-            self.conv[:] = page[self.layout.conv_offset :][: self.layout.conv_bytes]
+            return
+        kept = np.arange(self.first_column, self.n_past) % KEPT_COLUMNS
+        page = self.pool.view(self.pages[self.n_past // PAGE_TOKENS - 1])
+        for columns, snapshot in zip(self.conv, self.layout.snapshots(page), strict=True):
+            columns[kept] = snapshot
 
     def reuse_prefix(self, token_ids: list[int]) -> int:
         """Keep the tokens in common with token_ids, short of its last; returns how many.
@@ -160,7 +176,7 @@ class SequenceState:
             other._set_page(i, self.pool.share(page))
         other.root, other.keys, other.tokens = self.root, list(self.keys), list(self.tokens)
         other.n_past = self.n_past
-        other.conv[:] = self.conv
+        other.conv[:], other.first_column = self.conv, self.first_column
         return other
 
     def release(self) -> None:

@@ -77,11 +77,11 @@ ADVICE = {
 
 
 def _layout_digest(layout: PageLayout) -> str:
-    fields = [PAGE_FORMAT, layout.conv_offset, layout.conv_bytes, layout.page_bytes]
+    fields = [PAGE_FORMAT, layout.conv_offset, layout.page_bytes]
     for il, kv in layout.kv.items():
         fields += [il, kv.n_head_kv, kv.n_embd_head, kv.k_offset, kv.v_offset]
     for il, conv in layout.conv.items():
-        fields += [il, conv.l_cache, conv.state_offset, conv.snapshot_offset]
+        fields += [il, conv.l_cache, conv.snapshot_offset]
     return hashlib.blake2b(repr(fields).encode(), digest_size=16).hexdigest()
 
 

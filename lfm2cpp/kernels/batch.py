@@ -21,5 +21,5 @@ RUN_FIRST = 0  # index of its first token in the batch
 RUN_TOKENS = 1
 RUN_PAST = 2  # tokens of the sequence before this batch
 RUN_PAGES = 3  # address of the sequence's page addresses, int64 each
-RUN_CONV = 4  # address of its convolution state: [conv layer][d_conv][n_embd] float32
+RUN_CONV = 4  # address of its convolution state: [conv layer][KEPT_COLUMNS][n_embd] float32
 RUN_FIELDS = 8

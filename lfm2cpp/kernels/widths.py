@@ -62,6 +62,7 @@ LOGITS_GROUP = 8 * W  # logits of which a sampler knows the largest
 LOGITS_BINS = 512  # by which it finds where a share of all probability ends
 PANEL_ROWS = 2 * W  # rows of weights that are unpacked together
 PAGE_TOKENS = 64  # tokens of a KV page
+KEPT_COLUMNS = 64  # of a convolution's input that a sequence keeps: a power of two, more than a kernel reaches back
 LINE = 64  # bytes of a cache line
 # Bytes of the sums of a panel's rows: those of some tokens, those of a chain of blocks by a tile, and, of matrices, the
 # integer ones of MATRIX_BLOCKS blocks, two for each of them at most, with a line between two blocks.
