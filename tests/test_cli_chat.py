@@ -163,6 +163,17 @@ def test_settings(talk: Callable[..., Any]) -> None:
     assert "timings = on" in result.err
 
 
+def test_settings_of_the_command_line(talk: Callable[..., Any]) -> None:
+    """Zero is a value: --temp 0 is greedy, --seed 0 a seed. What was not given is not set."""
+    zeros = ("--temp", "0", "--min-p", "0", "--repeat-last-n", "0", "--seed", "0")
+    result = talk("/show settings", arguments=(*zeros, "-n", "2", "-r", "l"))
+    assert re.findall(r"(\w+) +(\S+)  \(set\)", result.err) == [
+        ("temp", "0.0"), ("min_p", "0.0"), ("repeat_last_n", "0"), ("seed", "0"), ("max_tokens", "2"), ("stop", "('l',)"),
+    ]  # fmt: skip
+    assert "(set)" not in talk("/show settings").err
+    assert talk("hi", arguments=("-n", "0")).out == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -38,8 +38,7 @@ def chat(ignored: bool, **options: Any) -> int:
     history, simple, timings = (options.pop(name) for name in ("no_history", "simple_io", "show_timings"))
     for name in ("system_prompt", "system_prompt_file"):
         del options[name]
-    given = generation_options(options)
-    settings = {name: value for name, value in given.items() if value not in (None, (), False)}
+    settings = generation_options(options)
     output = AnswerOutput()
     with load_llm(options) as llm:
         source = open_input([*COMMANDS, *ALIASES], history=not history, simple=simple)

@@ -71,7 +71,7 @@ def sampling_options(function: F) -> F:
         click.option("-s", "--seed", type=int, metavar="N", help="-1 is random, and the default."),
         click.option("-l", "--logit-bias", multiple=True, metavar="ID+BIAS",
                      help="Such as 42+1.5, 42-1 or 42-inf (never). May be repeated."),
-        click.option("-n", "--n-predict", "--predict", "n_predict", type=int, default=-1, metavar="N",
+        click.option("-n", "--n-predict", "--predict", "n_predict", type=int, metavar="N",
                      help="Tokens to generate at most; 0: only evaluate the prompt. Default: -1, to the end."),
         click.option("-r", "--reverse-prompt", "--stop", "stop", multiple=True, metavar="TEXT",
                      help="Stop before this text. May be repeated."),
@@ -93,12 +93,12 @@ def parse_logit_bias(entries: tuple[str, ...]) -> dict[int, float] | None:
 
 
 def generation_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The sampling options of a command line, taken out of `options`, as LLM.stream wants them."""
+    """The sampling options that a command line gave, taken out of `options`, as LLM.stream wants them."""
     from lfm2cpp.sampling import SamplingParams
 
     taken = {field.name: options.pop(field.name) for field in fields(SamplingParams)}
     taken["logit_bias"] = parse_logit_bias(taken["logit_bias"])
     taken["max_tokens"] = options.pop("n_predict")
-    taken["stop"] = options.pop("stop")
-    taken["ignore_eos"] = options.pop("ignore_eos")
-    return taken
+    taken["stop"] = options.pop("stop") or None
+    taken["ignore_eos"] = options.pop("ignore_eos") or None
+    return {name: value for name, value in taken.items() if value is not None}
