@@ -69,7 +69,21 @@ def test_results_that_are_kept_stay_as_they_are(engine: Engine, expected: np.nda
 def test_a_result_that_was_dropped_is_used_again(engine: Engine) -> None:
     with engine.sequence() as sequence:
         places = {engine.evaluate([(sequence, [token])])[0].ctypes.data for token in IDS[:12]}
-    assert len(places) == 1
+        assert len(places) == 1
+        places = {engine.evaluate([(sequence, IDS[:n])], logits="all")[0].ctypes.data for n in (7, 1, 6, 7, 2)}
+        assert len(places) <= 2, "a smaller result may be part of a larger one that was dropped"
+
+
+def test_results_of_all_sizes_stay_as_they_are(engine: Engine, expected: np.ndarray) -> None:
+    """Every other result is kept, by its last row, while those after it are made."""
+    kept, ends = [], np.cumsum([7, 1, 5, 16, 2, 17, 3, 6, 1, 16, 4]).tolist()
+    with engine.sequence() as sequence:
+        for i, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            rows = engine.evaluate([(sequence, IDS[first:end])], logits="all")[0]
+            assert_same_bits(rows, expected[first:end])
+            if i % 2:
+                kept.append(rows[-1])
+    assert_same_bits(np.stack(kept), expected[[end - 1 for end in ends[1::2]]])
 
 
 @pytest.mark.parametrize("n_threads", [2, 3])

@@ -97,7 +97,7 @@ def zeroed(nbytes: int) -> np.ndarray:
 
 
 class LogitsPool:
-    """float32 arrays (n_rows, n_vocab) for results. One that its user has dropped is handed out again.
+    """float32 arrays (n_rows, n_vocab) for results. One that its user has dropped is handed out again, or part of it.
 
     New memory would cost a page fault every 4 KiB, with every token.
     """
@@ -112,9 +112,12 @@ class LogitsPool:
     def take(self, n_rows: int) -> tuple[np.ndarray, int]:
         """An array that nobody else has, and its address. Its contents are undefined."""
         arrays, addresses = self._kept
+        found, spare = -1, self.MOST_ROWS
         for i, references in enumerate(map(sys.getrefcount, arrays)):  # a view holds the array it is a view of
-            if references == self._unused and len(arrays[i]) == n_rows:
-                return arrays[i], addresses[i]
+            if references == self._unused and 0 <= len(arrays[i]) - n_rows < spare:
+                found, spare = i, len(arrays[i]) - n_rows
+        if found >= 0:
+            return arrays[found][:n_rows], addresses[found]
         array = np.empty((n_rows, self._n_vocab), np.float32)
         address = array.ctypes.data
         if n_rows <= self.MOST_ROWS:
