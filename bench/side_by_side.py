@@ -205,7 +205,7 @@ def generate(c: Comparison) -> Iterator[dict[str, Any]]:
     for shape in ("350M", "350M,n_vocab=128000"):
         path, t = c.model(shape, "Q4_0"), str(c.args.threads)
         run = [*OURS, "run", "-m", str(path), "-t", t, "--prompt-ids", ",".join(map(str, range(300, 316))), "-n", "128",
-               "--ignore-eos", "--json"]  # fmt: skip
+               "--ignore-eos", "--draft-max", "0", "--json"]  # fmt: skip
         case = Case(path, c.args.threads, n_gen=(128,), depth=16)
         found = c.in_turn(
             lambda run=run: {"tg128": json.loads(output_of(run))["timings"]["predicted_per_second"]},

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ContextError, UsageError
+from .lookup import DRAFT_MAX, PromptLookup
 from .sampling import NothingAllowed, Sampler, SamplingParams
 from .text.detokenize import Detokenizer, StopStrings
 from .text.vocab import Vocab
@@ -44,13 +45,18 @@ class TokenEngine(Protocol):
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds and counts, with llama.cpp's names. `cache_n` prompt tokens needed no evaluation."""
+    """Milliseconds and counts, with llama.cpp's names. `cache_n` prompt tokens needed no evaluation.
+
+    Of `draft_n` tokens that were drafted from the text, `draft_n_accepted` were chosen.
+    """
 
     cache_n: int
     prompt_n: int
     prompt_ms: float
     predicted_n: int
     predicted_ms: float
+    draft_n: int = 0
+    draft_n_accepted: int = 0
 
     @property
     def prompt_per_second(self) -> float:
@@ -102,6 +108,7 @@ Emit = Callable[[Event], None]
 class Request:
     """What to generate. `max_tokens` None or -1: until the end token or the context's end; 0: only the prompt.
 
+    `draft_max` is how many tokens may be drafted from the text and checked in one step; the answer is the same with 0.
     Raises UsageError for values out of range.
     """
 
@@ -111,11 +118,15 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     show_special: bool = False
+    draft_max: int = DRAFT_MAX
 
     def __post_init__(self) -> None:
         n = self.max_tokens
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or not -1 <= n < 2**31):
             raise UsageError(f"max_tokens is {ascii(n)[:40]}, expected a whole number (-1: until the end)")
+        if not isinstance(self.draft_max, int) or not 0 <= self.draft_max <= DRAFT_MAX:
+            shown = ascii(self.draft_max)[:40]
+            raise UsageError(f"draft_max is {shown}, expected a whole number from 0 to {DRAFT_MAX} (0 is off)")
         if not self.prompt_ids:
             raise UsageError("the prompt has no tokens; give at least one")
         if len(self.stop) > MAX_STOPS or not all(isinstance(stop, str) for stop in self.stop):
@@ -149,6 +160,42 @@ def generate(
     return _Run(engine, sequence, vocab, request, emit, stop or threading.Event()).run()
 
 
+class Ahead:
+    """Logits after one token after the other of a sequence, which is evaluated ahead where a lookup has a draft."""
+
+    def __init__(
+        self, evaluate: Callable[[Sequence[int], str], F32], sequence: EngineSequence, lookup: PromptLookup
+    ) -> None:
+        self.evaluate, self.sequence, self.lookup = evaluate, sequence, lookup
+        self.draft: list[int] = []  # tokens that the sequence holds already
+        self.rows = np.zeros((0, 0), np.float32)  # logits before the draft, and after each of its tokens
+        self.n_right = 0  # tokens of the draft that were chosen
+        self.n_drafted = self.n_accepted = 0  # of all drafts
+
+    def logits_after(self, token_id: int, room: int) -> F32:
+        """Logits (n_vocab,) after a token that follows; up to `room` more may be evaluated along with it."""
+        self.lookup.extend((token_id,))
+        if self.draft[self.n_right : self.n_right + 1] == [token_id]:
+            self.n_right += 1
+            self.n_accepted += 1
+        else:
+            self._take_back()
+            draft = self.lookup.draft(room)
+            began = time.perf_counter()
+            self.rows = self.evaluate((token_id, *draft), "all" if draft else "last")
+            self.lookup.took(len(draft), time.perf_counter() - began)
+            self.draft, self.n_drafted = draft, self.n_drafted + len(draft)
+        return self.rows[self.n_right]
+
+    def _take_back(self) -> None:
+        """What was drafted and not chosen."""
+        n_drafted, n_right, self.draft, self.n_right = len(self.draft), self.n_right, [], 0
+        if n_drafted:
+            self.lookup.was_right(n_right, n_drafted)
+        if n_right < n_drafted:
+            self.sequence.truncate(self.sequence.n_past - (n_drafted - n_right))
+
+
 @dataclass
 class _Run:
     """The state of one generation."""
@@ -172,6 +219,7 @@ class _Run:
         self.sampler = Sampler(self.request.sampling, n_vocab=self.engine.n_vocab, banned_ids=banned)
         self.detokenizer = Detokenizer(self.vocab, special=self.request.show_special)
         self.stops = StopStrings(self.request.stop)
+        self.ahead = Ahead(self._evaluate, self.sequence, PromptLookup(self.request.draft_max))
 
     def run(self) -> Generation:
         prompt = self.request.prompt_ids
@@ -181,6 +229,7 @@ class _Run:
         try:
             logits = self._prefill(prompt)
             self.sampler.accept(prompt)  # ids that the engine has looked at
+            self.ahead.lookup.extend(prompt)
             self.prompt_done = time.perf_counter()
             reason, detail = self._decode(logits)
         except KeyboardInterrupt:
@@ -200,15 +249,14 @@ class _Run:
             done += PREFILL_CHUNK
         if done > self.n_cached:
             self.emit(Prefill(done, total))
-        logits = self._evaluate(prompt[done:], "last")
+        rows = self._evaluate(prompt[done:], "last")
         self.emit(Prefill(total, total))
-        return logits
+        return rows[-1]
 
     def _evaluate(self, ids: Sequence[int], logits: str) -> F32:
         if self.stop.is_set():
             raise KeyboardInterrupt
-        rows = self.engine.evaluate([(self.sequence, ids)], logits=logits, stop=self.stop)[0]
-        return rows[-1] if logits == "last" else rows
+        return self.engine.evaluate([(self.sequence, ids)], logits=logits, stop=self.stop)[0]
 
     def _decode(self, logits: F32) -> tuple[str, str]:
         """Choose and evaluate tokens until something ends it; returns the finish reason and its detail."""
@@ -230,10 +278,16 @@ class _Run:
                 return "stop", f"stop string {self.stops.found[:80]!r}"
             if len(self.ids) >= limit:
                 return "length", f"max_tokens {len(self.ids)}"
-            if self.sequence.n_past >= self.engine.n_ctx:
+            if self.n_held >= self.engine.n_ctx:
                 return "length", f"the context of {self.engine.n_ctx} tokens is full"
             self.sampler.accept((token_id,))
-            logits = self._evaluate((token_id,), "last")
+            room = min(self.engine.n_ctx - self.n_held, limit - len(self.ids)) - 1
+            logits = self.ahead.logits_after(token_id, int(room))
+
+    @property
+    def n_held(self) -> int:
+        """Tokens of the prompt and the answer but for the last one; the sequence may hold drafted ones beyond them."""
+        return len(self.request.prompt_ids) + max(0, len(self.ids) - 1)
 
     def _show(self, token_id: int, text: str) -> None:
         text = self.stops.push(text)
@@ -241,6 +295,8 @@ class _Run:
         self.emit(Piece(text, token_id))
 
     def _finish(self, reason: str, detail: str) -> Generation:
+        if self.sequence.n_past > self.n_held:
+            self.sequence.truncate(self.n_held)
         if self.stops.found is None:
             rest = self.stops.push(self.detokenizer.finish()) + self.stops.finish()
             if rest:
@@ -254,6 +310,8 @@ class _Run:
             prompt_ms=1e3 * (self.prompt_done - self.started),
             predicted_n=len(self.ids),
             predicted_ms=1e3 * (now - self.prompt_done),
+            draft_n=self.ahead.n_drafted,
+            draft_n_accepted=self.ahead.n_accepted,
         )
         return Generation(
             "".join(self.parts), tuple(self.ids), self.request.prompt_ids, reason, detail, timings, self.sampler.seed

@@ -109,8 +109,10 @@ class LLM:
         """Continue `prompt` and return its events while they come.
 
         Options: `max_tokens` (None: to the end), `stop` (a string or several), `ignore_eos`, `show_special` (special
-        tokens in the text), `parse_special` (special tokens in the prompt), `sampling` (a SamplingParams instead of
-        this model's recommended one) and its fields by name: temp, top_k, top_p, min_p, repeat_penalty, seed, ...
+        tokens in the text), `parse_special` (special tokens in the prompt), `draft_max` (tokens drafted from the text
+        and checked in one step: the answer is the same without, 0, but takes longer where it repeats the prompt),
+        `sampling` (a SamplingParams instead of this model's recommended one) and its fields by name: temp, top_k,
+        top_p, min_p, repeat_penalty, seed, ...
         """
         parse_special = options.pop("parse_special", False)
         ids = self.tokenize(prompt, special=parse_special) if isinstance(prompt, str) else self._checked_ids(prompt)
@@ -135,7 +137,8 @@ class LLM:
         sampling = replace(sampling, **{name: value for name, value in overrides.items() if value is not None})
         self._check_bias(sampling)
         stop = options.pop("stop", None) or ()
-        known = {name: options.pop(name) for name in ("max_tokens", "ignore_eos", "show_special") if name in options}
+        names = ("max_tokens", "ignore_eos", "show_special", "draft_max")
+        known = {name: options.pop(name) for name in names if name in options}
         if options:
             raise UsageError(f"unknown option {', '.join(sorted(options))}; see help(LLM.stream)")
         return Request(ids, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop), **known)

@@ -187,6 +187,7 @@ def test_settings_of_the_command_line(talk: Callable[..., Any]) -> None:
         ("/set logit_bias 400+1", "logit_bias names token 400"),
         ("/set logit_bias x", "is not ID+BIAS"),
         ("/set max_tokens -5", "max_tokens is -5"),
+        ("/set draft_max 16", "draft_max is 16"),
         ("/show everything", "expected one of settings"),
         ("/stats", "nothing has been answered yet"),
         ("/tokens", "nothing has been answered yet"),

@@ -152,6 +152,20 @@ def test_verbose_says_more_on_stderr(cli: Cli, models: dict[str, Path]) -> None:
     assert "context 32768" in result.err
 
 
+@pytest.mark.usefixtures("steady_machine")
+def test_drafts_are_counted(cli: Cli, models: dict[str, Path]) -> None:
+    """"abab..." is drafted from itself; the answer is the same without."""
+    command = ("run", "-m", models["endless"], "-p", "hi", "-n", 60)
+    answer, plain = (json.loads(cli(*command, *most, "--json").out) for most in ((), ("--draft-max", 0)))
+    assert answer["ids"] == plain["ids"] and len(answer["ids"]) == 60
+    assert 30 < answer["timings"]["draft_n_accepted"] <= answer["timings"]["draft_n"]
+    assert plain["timings"]["draft_n"] == plain["timings"]["draft_n_accepted"] == 0
+    assert "draft acceptance = 1.00" in cli(*command, "-v").err
+    assert "draft acceptance" not in cli(*command, "-v", "--draft-max", 0).err
+    refused = cli(*command, "--draft-max", 16)
+    assert refused.code == 2 and "draft_max is 16, expected a whole number from 0 to 15 (0 is off)" in refused.err
+
+
 def test_a_full_context_is_said(cli: Cli, models: dict[str, Path]) -> None:
     """E3."""
     result = cli("run", "-m", models["endless"], "-p", "hi", "-c", 64)

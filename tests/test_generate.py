@@ -9,16 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vocab_model import golden_gguf
 
 from lfm2cpp.errors import ContextError, UsageError
 from lfm2cpp.generate import Event, Generation, Piece, Prefill, Request, generate
 from lfm2cpp.gguf import read_gguf
+from lfm2cpp.lookup import DRAFT_MAX
 from lfm2cpp.sampling import SamplingError, SamplingParams
 from lfm2cpp.text.vocab import Vocab
 
 GREEDY = SamplingParams(temp=0.0, repeat_penalty=1.0)
 END = 7
+
+pytestmark = pytest.mark.usefixtures("steady_machine")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,8 @@ class FakeSequence:
 
 
 class FakeEngine:
-    """Says `script` after a prompt of `n_prompt` tokens, then END; keeps the engine's promises about errors."""
+    """Says `script` after a prompt of `n_prompt` tokens, then END, whatever the tokens were; keeps the engine's promises
+    about errors. `doubt` adds noise to the logits, the same at a position each time."""
 
     def __init__(self, n_prompt: int, script: Sequence[int], *, n_ctx: int = 4096, n_vocab: int = 1032) -> None:
         self.n_ctx, self.n_vocab = n_ctx, n_vocab
@@ -47,6 +53,7 @@ class FakeEngine:
         self.calls: list[tuple[int, str]] = []
         self.before: Callable[[], None] = lambda: None
         self.spoil: Callable[[np.ndarray], None] = lambda row: None
+        self.doubt = 0.0
 
     def evaluate(self, batch: Any, *, logits: str = "last", stop: threading.Event | None = None) -> list[np.ndarray]:
         ((sequence, ids),) = batch
@@ -56,12 +63,18 @@ class FakeEngine:
             raise KeyboardInterrupt
         self.calls.append((len(ids), logits))
         sequence.tokens += ids
-        at = len(sequence.tokens) - self.n_prompt
-        row = np.zeros(self.n_vocab, np.float32)
+        end = len(sequence.tokens)
+        wanted = {"last": range(end, end + 1), "all": range(end - len(ids) + 1, end + 1), "none": range(0)}[logits]
+        return [np.stack([self.row(n) for n in wanted]) if wanted else np.zeros((0, self.n_vocab), np.float32)]
+
+    def row(self, n: int) -> np.ndarray:
+        """Logits after n tokens."""
+        at = n - self.n_prompt
+        row = self.doubt * np.random.default_rng(n).standard_normal(self.n_vocab).astype(np.float32)
         row[self.script[at] if 0 <= at < len(self.script) else END] = 9
         row[1024:] = 50  # unused rows are the most probable ones
         self.spoil(row)
-        return [row[None] if logits == "last" else np.zeros((0, self.n_vocab), np.float32)]
+        return row
 
 
 def run(
@@ -69,7 +82,7 @@ def run(
 ) -> tuple[Generation, list[Event], FakeEngine, FakeSequence]:
     n_ctx, stop_event = options.pop("n_ctx", 4096), options.pop("stop_event", None)
     prepare = options.pop("prepare", lambda engine: None)
-    prompt = tuple(range(14, 14 + n_prompt)) if n_prompt <= 200 else (20,) * n_prompt
+    prompt = options.pop("prompt", tuple(range(14, 14 + n_prompt)) if n_prompt <= 200 else (20,) * n_prompt)
     engine, sequence = FakeEngine(n_prompt, script, n_ctx=n_ctx), FakeSequence(prompt[:cached])
     prepare(engine)
     events: list[Event] = []
@@ -279,3 +292,79 @@ def test_penalties_see_the_prompt_and_the_answer(vocab: Vocab) -> None:
     sampling = SamplingParams(temp=0.0, presence_penalty=5.0, repeat_penalty=1.0)
     result, *_ = run(vocab, [], n_prompt=3, sampling=sampling, max_tokens=7, prepare=prepare)
     assert result.token_ids == (17, 18, 19, 20, 21, 22, 23)  # 14, 15, 16 are the prompt
+
+
+# -- drafts from the text -------------------------------------------------------------------------------------------
+
+WORDS = ([20, 21, 22, 23, 24, 25], [30, 31, 32], [20, 21, 22, 40], [50], [20] * 9)
+scripts = st.lists(st.sampled_from(WORDS), max_size=30).map(lambda words: [token for word in words for token in word])
+
+
+def drafted(vocab: Vocab, script: Sequence[int], **options: Any) -> tuple[Generation, FakeEngine, FakeSequence]:
+    """An answer with drafts, after it was found to be that of the same request without them."""
+    plain, plain_events, _, held = run(vocab, script, **{**options, "draft_max": 0})
+    result, events, engine, sequence = run(vocab, script, **options)
+    assert (result.token_ids, result.text) == (plain.token_ids, plain.text)
+    assert (result.finish_reason, result.detail) == (plain.finish_reason, plain.detail)
+    assert [e for e in events if isinstance(e, Piece)] == [e for e in plain_events if isinstance(e, Piece)]
+    assert sequence.tokens == held.tokens
+    t, n_evaluated = result.timings, sum(n for n, _ in engine.calls)
+    assert 0 <= t.draft_n_accepted <= t.draft_n and plain.timings.draft_n == 0
+    assert n_evaluated <= len(result.prompt_ids) + len(result.token_ids) + t.draft_n - t.draft_n_accepted
+    return result, engine, sequence
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompt=scripts, script=scripts, doubt=st.sampled_from([0.0, 2.0, 5.0]), penalty=st.sampled_from([1.0, 1.05, 3.0]),
+    temp=st.sampled_from([0.0, 1.0]), max_tokens=st.sampled_from([None, 1, 7, 60]), room=st.sampled_from([4000, 1, 25]),
+    stop=st.sampled_from([(), ("66",), ("A",)]), draft_max=st.sampled_from([1, 4, DRAFT_MAX]),
+)  # fmt: skip
+def test_drafts_do_not_change_an_answer(
+    vocab: Vocab, prompt: list[int], script: list[int], doubt: float, penalty: float, temp: float,
+    max_tokens: int | None, room: int, stop: tuple[str, ...], draft_max: int,
+) -> None:  # fmt: skip
+    """Greedy or sampled, ended by whatever ends it; what the sequence holds afterwards is the same as well."""
+
+    def prepare(engine: FakeEngine) -> None:
+        engine.doubt = doubt
+
+    sampling = SamplingParams(temp=temp, min_p=0.01, repeat_penalty=penalty, seed=5)
+    ids = (14, 15, 16, *prompt)
+    result, engine, _ = drafted(
+        vocab, script, prompt=ids, n_prompt=len(ids), n_ctx=len(ids) + room, sampling=sampling, prepare=prepare,
+        max_tokens=max_tokens, stop=stop,
+    )  # fmt: skip
+    assert all(n <= 1 + DRAFT_MAX for n, _ in engine.calls[1:])
+    fewer, fewer_engine, _ = drafted(
+        vocab, script, prompt=ids, n_prompt=len(ids), n_ctx=len(ids) + room, sampling=sampling, prepare=prepare,
+        max_tokens=max_tokens, stop=stop, draft_max=draft_max,
+    )  # fmt: skip
+    assert fewer.token_ids == result.token_ids and all(n <= 1 + draft_max for n, _ in fewer_engine.calls[1:])
+
+
+def test_an_answer_that_repeats_the_prompt_takes_few_steps(vocab: Vocab) -> None:
+    text = list(range(100, 300))
+    result, engine, sequence = drafted(vocab, text, prompt=(14, *text, 15), n_prompt=202)
+    assert result.token_ids == (*text, END) and sequence.tokens == [14, *text, 15, *text]
+    assert len(engine.calls) < 30 and result.timings.draft_n_accepted > 170
+
+
+@pytest.mark.parametrize("n_calls", range(1, 9))
+def test_an_interrupted_draft_leaves_what_was_said(vocab: Vocab, n_calls: int) -> None:
+    stop, text = threading.Event(), list(range(100, 200))
+
+    def prepare(engine: FakeEngine) -> None:
+        engine.before = lambda: stop.set() if len(engine.calls) == n_calls else None
+
+    result, _, engine, sequence = run(vocab, text, prompt=(14, *text, 15), n_prompt=102, stop_event=stop, prepare=prepare)
+    assert result.finish_reason == "interrupted" and len(engine.calls) == n_calls
+    assert result.token_ids == tuple(text[: len(result.token_ids)])
+    assert sequence.tokens == [14, *text, 15, *text][: len(sequence.tokens)]
+    assert len(sequence.tokens) in (101 + len(result.token_ids), 102 + len(result.token_ids))
+
+
+@pytest.mark.parametrize("most", [-1, DRAFT_MAX + 1, 1.5, "3"])
+def test_drafts_out_of_range_are_refused(most: Any) -> None:
+    with pytest.raises(UsageError, match=f"draft_max is .*, expected a whole number from 0 to {DRAFT_MAX}"):
+        Request((1,), GREEDY, draft_max=most)

@@ -15,6 +15,7 @@ from tiny_model import tiny_gguf
 from lfm2cpp import LLM
 from lfm2cpp.errors import ContextError, ModelFormatError, UsageError
 from lfm2cpp.generate import Generation, Piece
+from lfm2cpp.lookup import DRAFT_MAX
 from lfm2cpp.sampling import SamplingParams
 
 USER = {"role": "user", "content": "hi"}
@@ -84,6 +85,7 @@ def test_one_seed_is_one_answer(tmp_path: Path) -> None:
         (lambda llm: llm.generate("x", tmp=1), "unknown option tmp"),
         (lambda llm: llm.generate("x", temp=-1), "temp is -1"),
         (lambda llm: llm.generate("x", max_tokens=-5), "max_tokens is -5"),
+        (lambda llm: llm.generate("x", draft_max=16), "draft_max is 16, expected a whole number from 0 to 15"),
         (lambda llm: llm.generate("x", logit_bias={N_VOCAB: 1.0}), "logit_bias names token 400"),
         (lambda llm: llm.generate([]), "the prompt has no tokens"),
         (lambda llm: llm.generate([1, N_VOCAB]), "token id 400 is not a whole number from 0 to 399"),
@@ -181,6 +183,33 @@ def test_reuse_gives_what_a_fresh_start_gives(tmp_path: Path) -> None:
         with LLM(tmp_path / "random.gguf") as llm:
             fresh.append(llm.chat(text, **greedy).token_ids)
     assert reused == fresh * 2
+
+
+@pytest.mark.usefixtures("steady_machine")
+@pytest.mark.parametrize("types", ["Q8_0", "Q4_0", "F32", "BF16"])
+def test_drafts_from_the_text_change_nothing(tmp_path: Path, types: str) -> None:
+    """A real engine, and few tokens that it may choose, so that drafts are often right and often wrong."""
+    few: dict[str, Any] = {"logit_bias": {i: 200.0 for i in range(40, 44)}, "max_tokens": 150, "ignore_eos": True}
+    ways: list[dict[str, Any]] = [
+        {"temp": 0.0, "repeat_penalty": 1.0}, {"temp": 0.5, "seed": 1}, {"temp": 1.5, "seed": 2, "min_p": 0.0},
+        {"temp": 0.8, "seed": 3, "min_p": 0.0, "repeat_penalty": 1.3, "repeat_last_n": 8},
+    ]  # fmt: skip
+    prompt = np.random.default_rng(0).integers(40, 44, 100).tolist()
+    with LLM(tiny_gguf(tmp_path / "m.gguf", n_vocab=400, types=types)) as llm:
+        n_drafted = n_accepted = 0
+        for way in ways:
+            plain = llm.generate(prompt, draft_max=0, **few, **way)
+            for most in (DRAFT_MAX, 2):
+                result = llm.generate(prompt, draft_max=most, **few, **way)
+                assert result.token_ids == plain.token_ids
+                n_drafted += result.timings.draft_n
+                n_accepted += result.timings.draft_n_accepted
+            # The next turn goes on from what was said, as it would without drafts.
+            longer = [*prompt, *plain.token_ids, 41, 42]
+            answers = {most: llm.generate(longer, draft_max=most, **few, **way) for most in (DRAFT_MAX, 0)}
+            assert answers[0].token_ids == answers[DRAFT_MAX].token_ids
+            assert answers[DRAFT_MAX].timings.prompt_n <= 3
+        assert 20 < n_accepted < n_drafted - 20
 
 
 def test_typed_markers_reach_the_model_as_text(hello: LLM) -> None:

@@ -211,7 +211,7 @@ def _setting(name: str, value: str) -> Any:
     if name == "ignore_eos":
         return _switch(value)
     kinds = {field.name: float if "float" in str(field.type) else int for field in fields(SamplingParams)}
-    kinds["max_tokens"] = int
+    kinds |= {"max_tokens": int, "draft_max": int}
     if name not in kinds:
         raise UsageError(f"unknown setting {ascii(name)[1:-1][:40]}; /set lists them")
     try:
@@ -221,7 +221,7 @@ def _setting(name: str, value: str) -> Any:
 
 
 def _show_settings(repl: Repl) -> str:
-    names = [*(field.name for field in fields(SamplingParams)), "max_tokens", "stop", "ignore_eos"]
+    names = [*(field.name for field in fields(SamplingParams)), "max_tokens", "draft_max", "stop", "ignore_eos"]
     lines = []
     for name in names:
         chosen = repl.settings.get(name)

@@ -114,10 +114,18 @@ def report(result: Generation, load_ms: float, verbose: bool) -> None:
             f"       eval time = {t.predicted_ms:10.2f} ms / {t.predicted_n:5d} tokens "
             f"({t.predicted_per_second:.2f} tokens per second)",
             f"      total time = {t.prompt_ms + t.predicted_ms:10.2f} ms / {t.prompt_n + t.predicted_n:5d} tokens",
+            *_drafts(result),
             *_peak_memory(),
         ]
     for note in notes:
         click.echo(dimmed(note), err=True)
+
+
+def _drafts(result: Generation) -> list[str]:
+    t = result.timings
+    if not t.draft_n:
+        return []
+    return [f"draft acceptance = {t.draft_n_accepted / t.draft_n:.2f} ({t.draft_n_accepted} of {t.draft_n} tokens)"]
 
 
 def _peak_memory() -> list[str]:
@@ -154,6 +162,8 @@ def as_dict(llm: LLM, result: Generation) -> dict[str, Any]:
             "predicted_n": t.predicted_n,
             "predicted_ms": round(t.predicted_ms, 3),
             "predicted_per_second": round(t.predicted_per_second, 3),
+            "draft_n": t.draft_n,
+            "draft_n_accepted": t.draft_n_accepted,
         },
     }
 
