@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from lfm2cpp.engine.engine import Engine  # noqa: E402
-from lfm2cpp.generate import Ahead  # noqa: E402
+from lfm2cpp.generate import Ahead, Step, drive  # noqa: E402
 from lfm2cpp.lookup import DRAFT_MAX, PromptLookup  # noqa: E402
 
 LONGEST = 3000  # tokens of a prompt
@@ -124,12 +125,15 @@ def say(engine: Engine, prompt: list[int], answer: list[int], draft_max: int) ->
     """Tokens a second of an answer that is given."""
     with engine.sequence() as sequence:
         engine.evaluate([(sequence, prompt)], logits="none")
-        ahead = Ahead(lambda ids, logits: engine.evaluate([(sequence, ids)], logits=logits)[0], sequence,
-                      PromptLookup(draft_max))  # fmt: skip
+        ahead = Ahead(sequence, PromptLookup(draft_max))
         ahead.lookup.extend(prompt)
+
+        def evaluate(step: Step) -> np.ndarray:
+            return engine.evaluate([(sequence, step[0])], logits=step[1])[0]
+
         began = time.perf_counter()
         for i, token_id in enumerate(answer[:-1]):
-            ahead.logits_after(token_id, len(answer) - i - 2)
+            drive(ahead.logits_after(token_id, len(answer) - i - 2), evaluate)
         return (len(answer) - 1) / (time.perf_counter() - began), ahead
 
 

@@ -1,15 +1,16 @@
 """Generation: prefill, decode, stop. One request from prompt ids to a finished answer.
 
-Runs to its end in the caller's thread and reports through `emit`; queues and threads belong to llm.py.
+A generation is a series of steps, each of which asks for some tokens to be evaluated: who runs it decides whether alone
+or together with others. Reports through `emit`; queues and threads belong to llm.py.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from .text.detokenize import Detokenizer, StopStrings
 from .text.vocab import Vocab
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
 
 PREFILL_CHUNK = 512  # tokens between two reports of progress
 MAX_STOPS = 64
@@ -102,6 +104,7 @@ class Generation:
 
 Event = Prefill | Piece | Generation
 Emit = Callable[[Event], None]
+Step = tuple[Sequence[int], str]  # token ids that follow, and the rows of logits wanted, as Engine.evaluate names them
 
 
 @dataclass(frozen=True)
@@ -152,28 +155,54 @@ def generate(
     emit: Emit = lambda event: None,
     stop: threading.Event | None = None,
 ) -> Generation:
-    """Evaluate what `sequence` does not hold yet of the prompt, then generate; `stop` set from outside interrupts.
+    """`steps`, one after the other, in the caller's thread; `stop` set from outside interrupts."""
+    stop = stop or threading.Event()
+
+    def evaluate(step: Step) -> F32:
+        ids, logits = step
+        return engine.evaluate([(sequence, ids)], logits=logits, stop=stop)[0]
+
+    return drive(steps(engine, sequence, vocab, request, emit, stop), evaluate)
+
+
+def steps(
+    engine: TokenEngine, sequence: EngineSequence, vocab: Vocab, request: Request, emit: Emit, stop: threading.Event
+) -> Generator[Step, F32, Generation]:
+    """Steps that evaluate what `sequence` does not hold yet of the prompt, and then generate.
 
     `sequence` must hold a true prefix of the prompt (Sequence.reuse_prefix sees to that). Afterwards it holds the
     prompt and the answer but for the last token, whose logits nobody asked for.
     """
-    return _Run(engine, sequence, vocab, request, emit, stop or threading.Event()).run()
+    return _Run(engine, sequence, vocab, request, emit, stop).run()
+
+
+def drive(steps: Generator[Step, F32, T], evaluate: Callable[[Step], F32]) -> T:
+    """What steps return, each of them evaluated by itself."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                rows = evaluate(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(rows)
+    except StopIteration as done:
+        return done.value
 
 
 class Ahead:
     """Logits after one token after the other of a sequence, which is evaluated ahead where a lookup has a draft."""
 
-    def __init__(
-        self, evaluate: Callable[[Sequence[int], str], F32], sequence: EngineSequence, lookup: PromptLookup
-    ) -> None:
-        self.evaluate, self.sequence, self.lookup = evaluate, sequence, lookup
+    def __init__(self, sequence: EngineSequence, lookup: PromptLookup) -> None:
+        self.sequence, self.lookup = sequence, lookup
         self.draft: list[int] = []  # tokens that the sequence holds already
         self.rows = np.zeros((0, 0), np.float32)  # logits before the draft, and after each of its tokens
         self.n_right = 0  # tokens of the draft that were chosen
         self.n_drafted = self.n_accepted = 0  # of all drafts
 
-    def logits_after(self, token_id: int, room: int) -> F32:
-        """Logits (n_vocab,) after a token that follows; up to `room` more may be evaluated along with it."""
+    def logits_after(self, token_id: int, room: int) -> Generator[Step, F32, F32]:
+        """Step to the logits (n_vocab,) after a token that follows; up to `room` more may be evaluated with it."""
         self.lookup.extend((token_id,))
         if self.draft[self.n_right : self.n_right + 1] == [token_id]:
             self.n_right += 1
@@ -182,7 +211,7 @@ class Ahead:
             self._take_back()
             draft = self.lookup.draft(room)
             began = time.perf_counter()
-            self.rows = self.evaluate((token_id, *draft), "all" if draft else "last")
+            self.rows = yield (token_id, *draft), "all" if draft else "last"
             self.lookup.took(len(draft), time.perf_counter() - began)
             self.draft, self.n_drafted = draft, self.n_drafted + len(draft)
         return self.rows[self.n_right]
@@ -219,19 +248,19 @@ class _Run:
         self.sampler = Sampler(self.request.sampling, n_vocab=self.engine.n_vocab, banned_ids=banned)
         self.detokenizer = Detokenizer(self.vocab, special=self.request.show_special)
         self.stops = StopStrings(self.request.stop)
-        self.ahead = Ahead(self._evaluate, self.sequence, PromptLookup(self.request.draft_max))
+        self.ahead = Ahead(self.sequence, PromptLookup(self.request.draft_max))
 
-    def run(self) -> Generation:
+    def run(self) -> Generator[Step, F32, Generation]:
         prompt = self.request.prompt_ids
         check_fits(len(prompt), self.engine.n_ctx)
         self.n_cached = self.sequence.n_past
         self.started = time.perf_counter()
         try:
-            logits = self._prefill(prompt)
+            logits = yield from self._prefill(prompt)
             self.sampler.accept(prompt)  # ids that the engine has looked at
             self.ahead.lookup.extend(prompt)
             self.prompt_done = time.perf_counter()
-            reason, detail = self._decode(logits)
+            reason, detail = yield from self._decode(logits)
         except KeyboardInterrupt:
             # Ours, when `stop` is set; otherwise a Ctrl-C that hit this thread, which is the caller's to handle.
             if not self.stop.is_set():
@@ -239,27 +268,22 @@ class _Run:
             reason, detail = "interrupted", "stopped from outside"
         return self._finish(reason, detail)
 
-    def _prefill(self, prompt: Sequence[int]) -> F32:
-        """Logits (n_vocab,) after the prompt."""
+    def _prefill(self, prompt: Sequence[int]) -> Generator[Step, F32, F32]:
+        """Step to the logits (n_vocab,) after the prompt."""
         total = len(prompt)
         done = self.n_cached
         while total - done > PREFILL_CHUNK:
             self.emit(Prefill(done, total))
-            self._evaluate(prompt[done : done + PREFILL_CHUNK], "none")
+            yield prompt[done : done + PREFILL_CHUNK], "none"
             done += PREFILL_CHUNK
         if done > self.n_cached:
             self.emit(Prefill(done, total))
-        rows = self._evaluate(prompt[done:], "last")
+        rows = yield prompt[done:], "last"
         self.emit(Prefill(total, total))
         return rows[-1]
 
-    def _evaluate(self, ids: Sequence[int], logits: str) -> F32:
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        return self.engine.evaluate([(self.sequence, ids)], logits=logits, stop=self.stop)[0]
-
-    def _decode(self, logits: F32) -> tuple[str, str]:
-        """Choose and evaluate tokens until something ends it; returns the finish reason and its detail."""
+    def _decode(self, logits: F32) -> Generator[Step, F32, tuple[str, str]]:
+        """Choose tokens and step on until something ends it; returns the finish reason and its detail."""
         limit = self.request.limit
         while True:
             if len(self.ids) >= limit:
@@ -282,7 +306,7 @@ class _Run:
                 return "length", f"the context of {self.engine.n_ctx} tokens is full"
             self.sampler.accept((token_id,))
             room = min(self.engine.n_ctx - self.n_held, limit - len(self.ids)) - 1
-            logits = self.ahead.logits_after(token_id, int(room))
+            logits = yield from self.ahead.logits_after(token_id, int(room))
 
     @property
     def n_held(self) -> int:
