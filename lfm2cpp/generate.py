@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ContextError, UsageError
+from .errors import ContextError, LFM2Error, UsageError
 from .lookup import DRAFT_MAX, PromptLookup
 from .sampling import NothingAllowed, Sampler, SamplingParams
 from .text.detokenize import Detokenizer, StopStrings
@@ -104,6 +104,7 @@ class Generation:
 
 Event = Prefill | Piece | Generation
 Emit = Callable[[Event], None]
+Outcome = Generation | LFM2Error  # of a request among others
 Step = tuple[Sequence[int], str]  # token ids that follow, and the rows of logits wanted, as Engine.evaluate names them
 
 

@@ -9,7 +9,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .errors import ModelFormatError
 from .generate import Event, Generation, Request, check_fits, generate
 from .gguf.check import find_non_finite
 from .gguf.values import ValueType
+from .many import Ask, generate_many
 from .sampling import NonFiniteLogits, load_kernel
 from .text.vocab import VISIBLE_PIECES, Segment, Vocab, split_at
 from .worker import Worker
@@ -101,12 +102,34 @@ class Session:
         finally:
             self._running = None
 
+    def complete_many(
+        self, asks: Iterable[Ask], n_parallel: int, emit: Callable[[Any], None], stop: threading.Event
+    ) -> None:
+        """Emit (number, answer or error) of each request as it ends, n_parallel running at a time."""
+        self._running = stop
+        try:
+            if self.worker.closed:
+                stop.set()
+            for number, outcome in generate_many(self.engine, self.vocab, asks, n_parallel=n_parallel, stop=stop):
+                if isinstance(outcome, NonFiniteLogits):
+                    outcome = NonFiniteLogits(f"{outcome}; {self._why_not_finite()}")
+                emit((number, outcome))
+        except KeyboardInterrupt:
+            if not stop.is_set():
+                raise
+        finally:
+            self._running = None
+
     def _why_not_finite(self) -> str:
         """What to say after "non-finite logits": the first weight that is to blame, which names its layer."""
         found = next(find_non_finite(self.engine.gguf), None)
         if found is None:
             return f"{self.engine.path}: no weight is NaN or Inf, so a sum overflowed; try a file of another type"
         return f"{self.engine.path}: {found}; the file is damaged, make or download it anew"
+
+    def rendered_ids(self, rendered: Rendered) -> tuple[int, ...]:
+        """The token ids of a conversation."""
+        return tuple(self.vocab.encode_segments(rendered.segments, add_bos=self.vocab.add_bos))
 
     def answer(
         self, rendered: Rendered, request: Request, emit: Callable[[Event], None], stop: threading.Event

@@ -1,4 +1,4 @@
-"""One thread that works off jobs in turn, and streams of events from such a job to whoever asked for it."""
+"""One thread that works off jobs in turn, and what such a job has to say to whoever asked for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from .errors import LFM2Error, UsageError
-from .generate import Event, Generation
+from .generate import Event, Generation, Outcome
 
+T = TypeVar("T")
 Job = Callable[[], None]
 POLL_SECONDS = 0.25  # where a blocked wait cannot be interrupted (Windows), Ctrl-C is noticed this late
 
@@ -74,48 +76,54 @@ class Worker:
             del job  # or it would keep what it holds alive until the next one
 
 
-class Stream(Iterator[Event]):
-    """The events of one generation: Prefill and Piece as they come, Generation last.
+@dataclass(frozen=True)
+class _End:
+    """The last that a job says: what it has returned, or raised."""
 
-    `stop` ends it early: the Generation then says "interrupted". So do dropping the stream and a Ctrl-C that hits it.
-    """
+    outcome: Any
+
+
+class Events(Iterator[T], Generic[T]):
+    """What a job says, as it comes. `stop` ends it early; so do dropping this and a Ctrl-C that hits it."""
 
     def __init__(
-        self,
-        worker: Worker,
-        work: Callable[[Callable[[Event], None], threading.Event], Generation],
-        *,
-        owner: object = None,
+        self, worker: Worker, work: Callable[[Callable[[T], None], threading.Event], Any], *, owner: object = None
     ) -> None:
-        """Queue `work(emit, stop)`. `owner` lives as long as this stream does, and may be what keeps a model open."""
+        """Queue `work(emit, stop)`. `owner` lives as long as this does, and may be what keeps a model open."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stop = threading.Event()
-        outcome: list[Generation | BaseException] = []
+        outcome: list[Any] = []
 
         def job() -> None:
             try:
                 outcome.append(work(events.put, stop))
             except BaseException as error:  # raised again where the events are read
                 outcome.append(error)
-            events.put(outcome[0])
+            events.put(_End(outcome[0]))
 
         self._events, self._stop, self._worker, self._owner = events, stop, worker, owner
         self._outcome = outcome
         self._ended = False
         worker.submit(job)
 
-    def __next__(self) -> Event:
+    def __next__(self) -> T:
         if self._ended:
             raise StopIteration
         try:
             event = self._next_event()
         except KeyboardInterrupt:
-            self.stop()  # a traceback may keep this stream alive, and the engine busy, for long
+            self.stop()  # a traceback may keep this alive, and the engine busy, for long
             raise
-        self._ended = isinstance(event, (BaseException, Generation))
-        if isinstance(event, BaseException):
-            raise event
-        return event
+        if not isinstance(event, _End):
+            return event
+        self._ended = True
+        if isinstance(event.outcome, BaseException):
+            raise event.outcome
+        return self._last(event.outcome)
+
+    def _last(self, outcome: Any) -> T:
+        """The event that a job's outcome is."""
+        raise StopIteration
 
     def _next_event(self) -> Any:
         while True:
@@ -123,13 +131,41 @@ class Stream(Iterator[Event]):
                 return self._events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if self._outcome and self._events.empty():
-                    return self._outcome[0]  # a Ctrl-C came just when the last event was taken
+                    return _End(self._outcome[0])  # a Ctrl-C came just when the last event was taken
                 if not self._worker.alive and self._events.empty():
-                    return UsageError("this LLM was closed while it generated")
+                    return _End(UsageError("this LLM was closed while it generated"))
 
     def stop(self) -> None:
-        """Ask the generation to end; its last events still come."""
+        """Ask the job to end; its last events still come."""
         self._stop.set()
+
+    def close(self) -> None:
+        """Stop, and wait until the engine is free."""
+        self.stop()
+        while not self._ended and not self._worker.in_other_process:
+            with suppress(LFM2Error, StopIteration):
+                next(self)
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        stop = getattr(self, "_stop", None)
+        if stop is not None:
+            stop.set()
+
+
+class Stream(Events[Event]):
+    """The events of one generation: Prefill and Piece as they come, Generation last.
+
+    One that was stopped says "interrupted" in its Generation.
+    """
+
+    def _last(self, outcome: Generation) -> Event:
+        return outcome
+
+    def __enter__(self) -> Stream:
+        return self
 
     def result(self) -> Generation:
         """The whole answer; waits for it. A KeyboardInterrupt here ends the generation before it is passed on."""
@@ -146,20 +182,22 @@ class Stream(Iterator[Event]):
             raise self._outcome[0]
         return self._outcome[0]
 
-    def close(self) -> None:
-        """Stop, and wait until the engine is free."""
-        self.stop()
-        while not self._ended and not self._worker.in_other_process:
-            with suppress(LFM2Error):
-                next(self)
 
-    def __enter__(self) -> Stream:
+class Batch(Events[tuple[int, Outcome]]):
+    """(number, answer) of every prompt of a batch, as they end; `in_order` gives the answers in the prompts' order.
+
+    A prompt that fails has its error as its answer. A batch that was stopped gives what had ended until then.
+    """
+
+    def __enter__(self) -> Batch:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        stop = getattr(self, "_stop", None)
-        if stop is not None:
-            stop.set()
+    def in_order(self) -> Iterator[Outcome]:
+        """The answers, the first prompt's first."""
+        ended: dict[int, Outcome] = {}
+        due = 0
+        for number, outcome in self:
+            ended[number] = outcome
+            while due in ended:
+                yield ended.pop(due)
+                due += 1
