@@ -167,7 +167,7 @@ def _create(out: OutputFile) -> None:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
         out.fd = os.open(out.partial, flags, 0o666)  # less the umask, as for any new file
         _leftovers.add(out.partial)
-        _try_lock(out.fd)
+        try_lock(out.fd)
 
 
 def _dead_partials(target: Path) -> list[Path]:
@@ -201,12 +201,12 @@ def _is_alive(path: Path) -> bool:
     except OSError:
         return True
     try:
-        return not stat.S_ISREG(os.fstat(fd).st_mode) or _try_lock(fd) is not True
+        return not stat.S_ISREG(os.fstat(fd).st_mode) or try_lock(fd) is not True
     finally:
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """Lock an open file without waiting: True, False when another holds it, None where there are no locks."""
     if fcntl is None:
         return None
@@ -231,7 +231,7 @@ def _directory_locked(directory: Path) -> Iterator[None]:
             fd = os.open(directory, os.O_RDONLY)
     try:
         deadline = time.monotonic() + DIRECTORY_LOCK_SECONDS
-        while fd is not None and _try_lock(fd) is False and time.monotonic() < deadline:
+        while fd is not None and try_lock(fd) is False and time.monotonic() < deadline:
             time.sleep(0.01)
         yield
     finally:

@@ -25,31 +25,38 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def create_completion(llm: LLM, prompt: Prompt, *, stream: bool = False, echo: bool = False, **options: Any) -> Any:
     """The dict of a text completion, or an iterator of its chunks."""
-    events = llm.stream(prompt, **_ours(options))
-    head = _head("cmpl", "text_completion", llm)
+    events = llm.stream(prompt, **our_options(options))
     start = "" if not echo else prompt if isinstance(prompt, str) else llm.detokenize(prompt)
     if stream:
-        return _completion_chunks(head, start, events)
-    result = events.result()
+        return _completion_chunks(_head("cmpl", "text_completion", llm), start, events)
+    return completion(llm, events.result(), start)
+
+
+def completion(llm: LLM, result: Generation, start: str = "") -> dict[str, Any]:
+    """The dict of a text completion that has ended; `start` comes before its text."""
     choice = {"text": start + result.text, "index": 0, "logprobs": None, "finish_reason": _reason(result)}
-    return {**head, "choices": [choice], "usage": _usage(result)}
+    return {**_head("cmpl", "text_completion", llm), "choices": [choice], "usage": _usage(result)}
 
 
 def create_chat_completion(
     llm: LLM, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, stream_options: Any = None, **options: Any
 ) -> Any:
     """The dict of a chat completion, or an iterator of its chunks."""
-    events = llm.chat_stream(messages, **_ours(options))
+    events = llm.chat_stream(messages, **our_options(options))
     if stream:
         head = _head("chatcmpl", "chat.completion.chunk", llm)
         return _chat_chunks(head, events, bool((stream_options or {}).get("include_usage")))
-    result = events.result()
+    return chat_completion(llm, events.result())
+
+
+def chat_completion(llm: LLM, result: Generation) -> dict[str, Any]:
+    """The dict of a chat completion that has ended."""
     message = {"role": "assistant", "content": result.text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(result)}
     return {**_head("chatcmpl", "chat.completion", llm), "choices": [choice], "usage": _usage(result)}
 
 
-def _ours(options: dict[str, Any]) -> dict[str, Any]:
+def our_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options under our names; UsageError for one that asks for something that does not exist here."""
     renamed: dict[str, Any] = {}
     for name, value in options.items():

@@ -21,7 +21,7 @@ LEVELS = {
     "lfm2cpp.engine": 5,
     "lfm2cpp.text": 5, "lfm2cpp.sampling": 5, "lfm2cpp.lookup": 5, "lfm2cpp.presets": 6, "lfm2cpp.reference": 5, "lfm2cpp.summary": 6,
     "lfm2cpp.hub": 5, "lfm2cpp.corpus": 5, "lfm2cpp.importance": 6, "lfm2cpp.perplexity": 6,
-    "lfm2cpp.generate": 6, "lfm2cpp.many": 7, "lfm2cpp.worker": 7, "lfm2cpp.openai_shapes": 8, "lfm2cpp.session": 8, "lfm2cpp.llm": 9,
+    "lfm2cpp.generate": 6, "lfm2cpp.many": 7, "lfm2cpp.worker": 7, "lfm2cpp.openai_shapes": 8, "lfm2cpp.batch_file": 9, "lfm2cpp.session": 8, "lfm2cpp.llm": 9,
     "quant": 6, "convert": 7,
     "lfm2cpp.benchmark": 10, "lfm2cpp.parity": 10, "lfm2cpp.demo": 10,
     "lfm2cpp.cli": 11, "lfm2cpp.__main__": 12, "lfm2cpp": 0,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .loading import load_llm, stdin_is_tty
-from .options import generation_options, model_options, sampling_options
+from .options import draft_option, generation_options, model_options, sampling_options
 from .output import AnswerOutput
 from .run import _system_text, as_text
 
@@ -23,7 +23,8 @@ from .run import _system_text, as_text
 @click.option("--simple-io", is_flag=True, help="Plain lines instead of an editor.")
 @click.option("--show-timings/--no-show-timings", default=None, help="Speed after each answer. Default: on a terminal.")
 @click.option("-cnv", "--conversation", "ignored", is_flag=True, hidden=True)
-@sampling_options  # fmt: skip
+@sampling_options
+@draft_option  # fmt: skip
 def chat(ignored: bool, **options: Any) -> int:
     """Talk to a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 

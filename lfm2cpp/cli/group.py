@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "perplexity": ("lfm2cpp.cli.perplexity:perplexity", "How surprised a model is by a text: what quantizing cost."),
     "run": ("lfm2cpp.cli.run:run", "Answer one prompt; stdout carries only the text."),
     "chat": ("lfm2cpp.cli.chat:chat", "Talk to a model in the terminal."),
+    "batch": ("lfm2cpp.cli.batch:batch", "Answer a file of prompts, many at a time."),
     "parity": ("lfm2cpp.cli.parity:parity", "Compare with Hugging Face, layer by layer."),
     "inspect": ("lfm2cpp.cli.inspect:inspect", "What is in a GGUF file, and what would be refused."),
     "tokenize": ("lfm2cpp.cli.tokenize:tokenize", "Text -> token ids."),

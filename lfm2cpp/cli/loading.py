@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from contextlib import ExitStack
@@ -89,20 +90,31 @@ class CompileProgress:
 
 def read_text(path: str, what: str, *, limit: int = MAX_TEXT_FILE) -> str:
     """A text file as text. LFM2Error when it cannot be read, is binary or has more than `limit` bytes."""
+    return _read(path, what, limit).decode("utf-8-sig", "replace")
+
+
+def read_bytes(path: str, what: str) -> bytes:
+    """A text file, or standard input for -, as bytes, without limit. LFM2Error when it cannot be read or is binary."""
+    if path == "-":
+        return read_stdin().encode()
+    return _read(path, what, None).removeprefix(codecs.BOM_UTF8)
+
+
+def _read(path: str, what: str, limit: int | None) -> bytes:
     try:
         # A shell's <(command) is a pipe with somebody at its other end; any other pipe may wait for ever.
         if not Path(path).is_file() and not path.startswith(("/dev/fd/", "/proc/self/fd/")):
             kind = "is a directory" if Path(path).is_dir() else "is no regular file"
             raise LFM2Error(f"{what} {path} {kind if os.path.lexists(path) else 'is missing'}")
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read() if limit is None else file.read(limit + 1)
     except (OSError, ValueError) as error:
         raise LFM2Error(f"{what} {ascii(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > limit:
+    if limit is not None and len(data) > limit:
         raise LFM2Error(f"{what} {path} has more than {limit} bytes; give a shorter text")
     if b"\0" in data:
         raise LFM2Error(f"{what} {path} is not text: it holds zero bytes")
-    return data.decode("utf-8-sig", "replace")
+    return data
 
 
 def read_stdin() -> str:

@@ -77,10 +77,16 @@ def sampling_options(function: F) -> F:
         click.option("-r", "--reverse-prompt", "--stop", "stop", multiple=True, metavar="TEXT",
                      help="Stop before this text. May be repeated."),
         click.option("--ignore-eos", is_flag=True, help="Never choose an end token."),
-        click.option("--draft-max", "--draft", "draft_max", type=int, metavar="N",
-                     help="Tokens at most that are drafted from the text so far and checked in one step, which changes "
-                          f"the speed and not the answer; 0 is off. Default: {DRAFT_MAX}."),
     ])  # fmt: skip
+
+
+def draft_option(function: F) -> F:
+    """How far to guess."""
+    return click.option(
+        "--draft-max", "--draft", "draft_max", type=int, metavar="N",
+        help="Tokens at most that are drafted from the text so far and checked in one step, which changes the speed "
+             f"and not the answer; 0 is off. Default: {DRAFT_MAX}.",
+    )(function)  # fmt: skip
 
 
 def parse_logit_bias(entries: tuple[str, ...]) -> dict[int, float] | None:
@@ -103,7 +109,7 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
     taken = {field.name: options.pop(field.name) for field in fields(SamplingParams)}
     taken["logit_bias"] = parse_logit_bias(taken["logit_bias"])
     taken["max_tokens"] = options.pop("n_predict")
-    taken["draft_max"] = options.pop("draft_max")
+    taken["draft_max"] = options.pop("draft_max", None)
     taken["stop"] = options.pop("stop") or None
     taken["ignore_eos"] = options.pop("ignore_eos") or None
     return {name: value for name, value in taken.items() if value is not None}

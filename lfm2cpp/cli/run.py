@@ -15,7 +15,7 @@ from lfm2cpp.signals import first_interrupt_calls
 from lfm2cpp.terminal import format_size
 
 from .loading import load_llm, read_stdin, read_text, stdin_is_tty, without_last_newline
-from .options import generation_options, model_options, sampling_options
+from .options import draft_option, generation_options, model_options, sampling_options
 from .output import AnswerOutput, StatusLine, dimmed
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with ids, text, timings and finish reason.")
 @click.option("-cnv", "-st", "--conversation", "--single-turn", "--no-display-prompt", "ignored", is_flag=True,
               hidden=True, help="What this command does anyway; accepted for old scripts.")
-@sampling_options  # fmt: skip
+@sampling_options
+@draft_option  # fmt: skip
 def run(as_json: bool, ignored: bool, **options: Any) -> int:
     """Answer one prompt and exit. Ctrl-C ends the answer (exit 130)."""
     ids = _parse_ids(options.pop("prompt_ids"))
