@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ModelFormatError
+from .errors import ModelFormatError, UsageError
 from .generate import Event, Generation, Request, check_fits, generate
 from .gguf.check import find_non_finite
 from .gguf.values import ValueType
@@ -105,7 +105,7 @@ class Session:
     def complete_many(
         self, asks: Iterable[Ask], n_parallel: int, emit: Callable[[Any], None], stop: threading.Event
     ) -> None:
-        """Emit (number, answer or error) of each request as it ends, n_parallel running at a time."""
+        """Emit (number, answer or error) of each request as it ends, n_parallel at a time; ends when stopped."""
         self._running = stop
         try:
             if self.worker.closed:
@@ -117,6 +117,8 @@ class Session:
         except KeyboardInterrupt:
             if not stop.is_set():
                 raise
+            if self.worker.closed:
+                raise UsageError("this LLM was closed while it generated") from None
         finally:
             self._running = None
 
