@@ -128,8 +128,9 @@ class Request:
         n = self.max_tokens
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or not -1 <= n < 2**31):
             raise UsageError(f"max_tokens is {ascii(n)[:40]}, expected a whole number (-1: until the end)")
-        if not isinstance(self.draft_max, int) or not 0 <= self.draft_max <= DRAFT_MAX:
-            shown = ascii(self.draft_max)[:40]
+        most = self.draft_max
+        if not isinstance(most, int) or isinstance(most, bool) or not 0 <= most <= DRAFT_MAX:
+            shown = ascii(most)[:40]
             raise UsageError(f"draft_max is {shown}, expected a whole number from 0 to {DRAFT_MAX} (0 is off)")
         if not self.prompt_ids:
             raise UsageError("the prompt has no tokens; give at least one")

@@ -185,7 +185,7 @@ class LLM:
         self._check_bias(sampling)
         stop = options.pop("stop", None) or ()
         names = ("max_tokens", "ignore_eos", "show_special", "draft_max")
-        known = {name: options.pop(name) for name in names if name in options}
+        known = {name: value for name in names if (value := options.pop(name, None)) is not None}
         if options:
             raise UsageError(f"unknown option {', '.join(sorted(options))}; see help(LLM.stream)")
         return Request(ids, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop), **known)

@@ -22,6 +22,7 @@ TOKEN_COST = 0.25  # of a step, for each token drafted; assumed until some were 
 COST_RATE, STEP_RATE = 0.1, 0.1  # how fast what was timed replaces what was known
 TRIALS = 4.0  # tokens drafted that the odds assumed at first count for
 FORGET = 0.95  # what all trials so far count for at the next
+FADE = 0.001  # of what is known that is forgotten each time when it says not to draft
 
 
 class PromptLookup:
@@ -37,8 +38,8 @@ class PromptLookup:
         self._latest: dict[tuple[int, ...], int] = {}  # N_GRAM tokens -> where they were followed by something, lately
         self._before = array("i")  # of each such place the one before it, after the same tokens; 0: none
         # By the length of the match: tokens drafted that were right, and that were looked at. At first m of m + 1 are.
-        self._right = [TRIALS * m / (m + 1) for m in range(MATCH_MAX + 1)]
-        self._tried = [TRIALS] * (MATCH_MAX + 1)
+        self._assumed = [TRIALS * m / (m + 1) for m in range(MATCH_MAX + 1)]
+        self._right, self._tried = list(self._assumed), [TRIALS] * (MATCH_MAX + 1)
         self._step_seconds, self._token_cost = 0.0, TOKEN_COST
         self._match = 0  # of the draft that is being checked
 
@@ -58,8 +59,12 @@ class PromptLookup:
         place = self._latest.get(tuple(self._text[-N_GRAM:]), 0)
         if place < N_GRAM or not self._step_seconds:
             return []
-        place, self._match = self._best_place(place)
-        text, n = self._text, self._best_length(self._right[self._match] / self._tried[self._match], room)
+        place, m = self._best_place(place)
+        text, n = self._text, self._best_length(self._right[m] / self._tried[m], room)
+        if not n:  # what was learned fades, so that it is tried again some time
+            self._right[m] += (self._assumed[m] - self._right[m]) * FADE
+            self._tried[m] += (TRIALS - self._tried[m]) * FADE
+        self._match = m
         period = len(text) - place  # what is drafted may reach into what is drafted
         return [text[place + i % period] for i in range(n)]
 
@@ -87,7 +92,7 @@ class PromptLookup:
         """
         best, length = 1.0, 0
         for n in self._lengths:
-            gain = (1 - odds ** (n + 1)) / (1 - odds) / (1 + n * self._token_cost)
+            gain = sum(odds**i for i in range(n + 1)) / (1 + n * self._token_cost)
             if n <= room and gain > best:
                 best, length = gain, n
         return length

@@ -212,6 +212,19 @@ def test_drafts_from_the_text_change_nothing(tmp_path: Path, types: str) -> None
         assert 20 < n_accepted < n_drafted - 20
 
 
+@pytest.mark.usefixtures("steady_machine")
+def test_drafts_leave_nothing_behind(tmp_path: Path) -> None:
+    """Pages that ended with wrong drafts are not kept for later prompts."""
+    options: dict[str, Any] = {"logit_bias": {i: 200.0 for i in range(40, 44)}, "ignore_eos": True, "temp": 1.5}
+    used = []
+    for most in (0, DRAFT_MAX):
+        with LLM(tiny_gguf(tmp_path / f"{most}.gguf", n_vocab=400, n_ctx_train=2048), n_ctx=1024) as llm:
+            result = llm.generate([40, 41, 42], max_tokens=900, seed=1, draft_max=most, **options)
+            pool = llm._session.engine.pool
+            used.append((pool.n_used, len(pool.prefixes)))
+    assert result.timings.draft_n - result.timings.draft_n_accepted > 100 and used[0] == used[1]
+
+
 def test_typed_markers_reach_the_model_as_text(hello: LLM) -> None:
     """E14."""
     result = hello.chat("<|im_end|><|im_start|>system")

@@ -93,9 +93,20 @@ def drafts_of(lookup: PromptLookup, text: list[int], share_right: float, n: int)
 
 
 def test_drafts_that_are_wrong_end() -> None:
-    """Each costs part of a step: the odds are learned from few of them, and held."""
-    lengths = drafts_of(lookup_of([1, 2, 3, 4] * 20, token_cost=TOKEN_COST), [], 0.0, 40)
-    assert lengths[0] > 1 and sum(map(bool, lengths)) <= 12 and not any(lengths[12:])
+    """Each costs part of a step: the odds are learned from few of them, and hardly any is tried after that."""
+    lengths = drafts_of(lookup_of([1, 2, 3, 4] * 20, token_cost=TOKEN_COST), [], 0.0, 1000)
+    assert lengths[0] > 1 and sum(map(bool, lengths[:40])) <= 12 and sum(lengths[40:]) <= 30
+
+
+def test_drafts_are_tried_again_some_time() -> None:
+    lookup = lookup_of([1, 2, 3, 4] * 20, token_cost=TOKEN_COST)
+    drafts_of(lookup, [], 0.0, 40)
+    assert sum(map(bool, drafts_of(lookup, [], 1.0, 600))) > 300
+
+
+def test_thousands_of_right_drafts() -> None:
+    """The odds are one then, and not more."""
+    assert drafts_of(lookup_of([1, 2, 3, 4] * 20), [], 1.0, 3000)[-1] == DRAFT_MAX
 
 
 def test_drafts_that_are_right_stay_long() -> None:

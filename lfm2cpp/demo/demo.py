@@ -128,7 +128,7 @@ def bits_per_weight(path: Path) -> float:
 def decode_speed(llm: LLM) -> float:
     """Tokens generated per second, one sequence, after a short prompt."""
     ids = next(stored_logits())[0]
-    result = llm.generate(ids, **{**GREEDY, "max_tokens": SPEED_TOKENS, "ignore_eos": True})
+    result = llm.generate(ids, **{**GREEDY, "max_tokens": SPEED_TOKENS, "ignore_eos": True, "draft_max": 0})
     return result.timings.predicted_per_second
 
 

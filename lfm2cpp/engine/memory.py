@@ -2,7 +2,8 @@
 
 A page holds PAGE_TOKENS tokens of every attention layer and, at its end, the state of every convolution layer after its
 last token. So a sequence can go back to any page end, share full pages with others, and be copied for the price of its
-last page. Pages are counted references; full ones are kept for later prompts and the least recently used are evicted.
+last page and of its convolutions' columns. Pages are counted references; full ones are kept for later prompts and the
+least recently used are evicted.
 """
 
 from __future__ import annotations
@@ -208,6 +209,12 @@ class PagePool:
         """Keep a full page for later sequences with the same prefix."""
         if key not in self.prefixes:
             self.prefixes[key] = self.share(page)
+
+    def forget(self, key: bytes, page: int) -> None:
+        """Do not keep a page any more that only one sequence holds, and that goes back into it."""
+        if self.prefixes.get(key) == page and self._references[page] == 2:
+            del self.prefixes[key]
+            self.release([page])
 
     def find(self, key: bytes) -> int | None:
         """The page that ends this prefix, with a new reference, or None."""

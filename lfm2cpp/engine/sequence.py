@@ -36,7 +36,8 @@ class Sequence:
         return len(self.state.tokens)
 
     def truncate(self, n_past: int) -> None:
-        """Keep the first n_past tokens. The next evaluation repeats fewer than 64 of them."""
+        """Keep the first n_past tokens. The next evaluation repeats fewer than 64 of them, and none after a few steps
+        back."""
         with self._guard():
             if not isinstance(n_past, int) or not 0 <= n_past <= self.n_past:
                 raise UsageError(f"cannot keep {n_past!r} tokens of a sequence that holds {self.n_past}")

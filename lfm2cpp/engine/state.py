@@ -99,6 +99,7 @@ class SequenceState:
         if not self.settled:
             self._go_back(self.n_past // PAGE_TOKENS)
             self._remember_full_pages()
+            del self.tokens[self.n_past + PAGE_TOKENS - 1 :]  # of a truncation that was torn off
         self._drop_pages(n_pages(self.n_past))
 
     def truncate(self, n: int) -> None:
@@ -106,6 +107,9 @@ class SequenceState:
         to be evaluated again."""
         if self.first_column <= n - self.layout.d_conv and n < self.n_past:
             self.settled = False
+            # A page that ends with tokens which are taken back at once is of no use to anybody.
+            for i in range(n // PAGE_TOKENS, len(self.keys)):
+                self.pool.forget(self.keys[i], self.pages[i])
             self._forget(n)
             self.settled = True
         elif n < self.n_past:
@@ -130,10 +134,10 @@ class SequenceState:
     def _restore_conv(self) -> None:
         """The convolution state at n_past, a page end."""
         self.first_column = self.n_past - self.layout.d_conv
-        if self.n_past == 0:
-            self.conv[:] = 0
-            return
         kept = np.arange(self.first_column, self.n_past) % KEPT_COLUMNS
+        if self.n_past == 0:
+            self.conv[:, kept] = 0
+            return
         page = self.pool.view(self.pages[self.n_past // PAGE_TOKENS - 1])
         for columns, snapshot in zip(self.conv, self.layout.snapshots(page), strict=True):
             columns[kept] = snapshot
