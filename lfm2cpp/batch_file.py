@@ -77,6 +77,8 @@ def _text(fields: dict[str, Any], name: str, default: str) -> str:
 def _request(body: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The prompt and the options of a request's fields."""
     messages, prompt = body.pop("messages", None), body.pop("prompt", None)
+    if "sampling" in body:
+        raise UsageError("sampling is no field of a request; give temperature, top_p, ... by name")
     if body.pop("stream", False):
         raise UsageError("stream is not supported in a batch")
     if messages is None and not isinstance(prompt, str):
@@ -96,11 +98,11 @@ def answer_line(custom_id: str, outcome: Outcome, body: dict[str, Any] | None) -
         code = next((code for kind, code in CODES.items() if isinstance(outcome, kind)), "failed")
         error = {"code": code, "message": str(outcome)}
     answer = {"id": f"batch_req_{uuid.uuid4()}", "custom_id": custom_id, "response": response, "error": error}
-    return json.dumps(answer, ensure_ascii=False) + "\n"
+    return json.dumps(answer) + "\n"  # in ASCII: it survives any terminal, and ids that are no valid text
 
 
 class AnswerFile:
-    """A file of answers that is added to. `done`: the custom_ids that it has already; `n_failed`: errors among them.
+    """A file of answers that is added to. `done`: the custom_ids that it has already; `failed`: those of errors.
 
     Raises UsageError when it holds something else or is one of `inputs`, OutputError when it cannot be written or
     another process writes it.
@@ -109,7 +111,7 @@ class AnswerFile:
     def __init__(self, path: Path, inputs: Sequence[str] = ()) -> None:
         self.path = path
         self.done: set[str] = set()
-        self.n_failed = 0
+        self.failed: set[str] = set()
         try:
             if any(path.exists() and os.path.exists(other) and path.samefile(other) for other in inputs):
                 raise UsageError(f"{path} is the file of prompts; name another one for the answers")
@@ -139,7 +141,8 @@ class AnswerFile:
             try:
                 answer = json.loads(line)
                 self.done.add(answer["custom_id"])
-                self.n_failed += answer["error"] is not None
+                if answer["error"] is not None:
+                    self.failed.add(answer["custom_id"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 self._refuse(number)
             size += len(line)
@@ -149,7 +152,7 @@ class AnswerFile:
 
     def add(self, line: str) -> None:
         """Append a line; when this returns it is on the disk."""
-        data = line.encode("utf-8", "replace")
+        data = line.encode("ascii")
         try:
             while data:
                 data = data[self._file.write(data) :]

@@ -150,9 +150,12 @@ class LLM:
 
         Text and token ids are continued as by `generate`, lists of messages are answered as by `chat`, with the options
         of `stream` but for draft_max; a BatchItem has options of its own besides. `prompts` are taken when it is their
-        turn, by another thread. The Batch gives (number, Generation or LFM2Error) as they end; see Batch.in_order.
+        turn, by another thread, and must not use this LLM. The Batch gives (number, Generation or LFM2Error) as they
+        end; see Batch.in_order.
         """
-        if not isinstance(n_parallel, int) or not 1 <= n_parallel <= MOST_PARALLEL:
+        if isinstance(prompts, (str, bytes)):
+            raise UsageError("a batch is of several prompts; put a single one into a list, or use generate")
+        if not isinstance(n_parallel, int) or isinstance(n_parallel, bool) or not 1 <= n_parallel <= MOST_PARALLEL:
             raise UsageError(f"n_parallel is {ascii(n_parallel)[:40]}, expected a number from 1 to {MOST_PARALLEL}")
         self.check_options({name: value for name, value in options.items() if name != "parse_special"})
         session = self._open_session()
@@ -180,6 +183,8 @@ class LLM:
 
     def _request(self, ids: tuple[int, ...], options: dict[str, Any]) -> Request:
         sampling = options.pop("sampling", None) or self.sampling
+        if not isinstance(sampling, SamplingParams):
+            raise UsageError(f"sampling is {ascii(sampling)[:40]}, expected a SamplingParams")
         overrides = {name: options.pop(name) for name in list(options) if name in _SAMPLING_FIELDS}
         sampling = replace(sampling, **{name: value for name, value in overrides.items() if value is not None})
         self._check_bias(sampling)
@@ -188,6 +193,8 @@ class LLM:
         known = {name: value for name in names if (value := options.pop(name, None)) is not None}
         if options:
             raise UsageError(f"unknown option {', '.join(sorted(options))}; see help(LLM.stream)")
+        if not isinstance(stop, (str, list, tuple)):
+            raise UsageError(f"stop is {ascii(stop)[:40]}, expected a string or several")
         return Request(ids, sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop), **known)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -280,6 +287,8 @@ class LLM:
         return {key: value.value for key, value in self._session.engine.gguf.metadata.items()}
 
     def _checked_ids(self, ids: Iterable[int]) -> list[int]:
+        if not isinstance(ids, Iterable):
+            raise UsageError(f"a prompt is {ascii(ids)[:40]}, expected text or token ids")
         n_vocab, checked = self.n_vocab(), list(ids)
         for token_id in checked:
             if not isinstance(token_id, (int, np.integer)) or isinstance(token_id, bool) or not 0 <= token_id < n_vocab:

@@ -120,6 +120,8 @@ def generate_many(
     many = _Many(engine, vocab, asks, n_parallel, stop)
     try:
         while True:
+            if stop.is_set():
+                raise KeyboardInterrupt
             # One a step: so it finds in memory what those before it have read of the same beginning.
             started = len(many.running) < many.room and many.start()
             yield from many.take_outcomes()

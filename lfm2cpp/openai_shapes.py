@@ -57,13 +57,16 @@ def chat_completion(llm: LLM, result: Generation) -> dict[str, Any]:
 
 
 def our_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options under our names; UsageError for one that asks for something that does not exist here."""
+    """Options under our names, less those that are None, which clients send for what was not given; UsageError for one
+    that asks for something that does not exist here."""
     renamed: dict[str, Any] = {}
     for name, value in options.items():
+        if value is None:
+            continue
         if name in _NEUTRAL:
             if _NEUTRAL[name] and value not in _NEUTRAL[name]:
                 raise UsageError(f"{name}={ascii(value)[:60]} is not supported")
-        elif name == "logit_bias" and value is not None:
+        elif name == "logit_bias":
             renamed[name] = _bias(value)
         else:
             renamed[_RENAMED.get(name, name)] = value

@@ -83,6 +83,8 @@ class SamplingParams:
 
     def _check_bias(self) -> None:
         bias = self.logit_bias or {}
+        if not isinstance(bias, Mapping):
+            raise UsageError(f"logit_bias is {_shown(bias)}, expected numbers by token id")
         if len(bias) > MAX_LOGIT_BIAS:
             raise UsageError(f"logit_bias has {len(bias)} entries, expected at most {MAX_LOGIT_BIAS}")
         for token_id, value in bias.items():

@@ -107,6 +107,9 @@ class Session:
     ) -> None:
         """Emit (number, answer or error) of each request as it ends, n_parallel at a time; ends when stopped."""
         self._running = stop
+        if self._sequence is not None:  # the memory may be needed; what it has read in whole pages stays
+            self._sequence.close()
+            self._sequence = None
         try:
             if self.worker.closed:
                 stop.set()

@@ -41,7 +41,10 @@ class Worker:
             raise UsageError("this LLM is closed; load the model again")
 
     def submit(self, job: Job) -> None:
-        """Run `job` after those before it. A job handles its own errors."""
+        """Run `job` after those before it. A job handles its own errors. UsageError from a job, which would wait for
+        itself."""
+        if threading.current_thread() is self._thread:
+            raise UsageError("this LLM works for who calls it; prompts of a batch must not come from the LLM itself")
         with self._lock:
             self.check()
             self._jobs.put(job)

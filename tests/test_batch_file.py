@@ -97,6 +97,22 @@ def test_an_id_that_stands_twice_is_said(cli: Cli, hello: Path, tmp_path: Path) 
     assert answers((tmp_path / "answers").read_text()) == {"a": "Helo!", "b": "Helo!"}
 
 
+def test_any_id_and_null_fields(cli: Cli, hello: Path, tmp_path: Path) -> None:
+    """An id that is no valid text is found again; null is what was not given."""
+    lines = '{"custom_id": "\\ud800", "prompt": "\\n"}\n{"custom_id": "n", "prompt": "\\n", "max_tokens": null, "stop": null}\n'
+    prompts, out = tmp_path / "prompts", tmp_path / "answers"
+    prompts.write_text(lines)
+    for _ in range(2):
+        assert cli("batch", "-m", hello, prompts, out, "-n", 2).code == 0
+    assert answers(out.read_text()) == {"\ud800": "He", "n": "He"}
+
+
+def test_errors_of_other_prompts_are_not_counted(cli: Cli, hello: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers"
+    assert cli("batch", "-m", hello, write(tmp_path / "bad", {"custom_id": "bad"}), out).code == 1
+    assert cli("batch", "-m", hello, write(tmp_path / "good", chat("good")), out).code == 0
+
+
 @pytest.mark.parametrize("torn", [0, 1, 40, 200])
 def test_the_same_command_goes_on(cli: Cli, hello: Path, tmp_path: Path, torn: int) -> None:
     """After a kill in the midst of a line: what is whole stays, what is torn is asked for again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def test_answers_are_those_of_each_prompt_alone(llm: LLM, n_parallel: int) -> No
         alone.append(answer_of(ask(item.prompt, draft_max=0, **SAMPLED | dict(item.options))))
     found = [answer_of(outcome) for outcome in llm.batch(items, n_parallel=n_parallel, **SAMPLED).in_order()]
     assert found == alone
-    audit(llm._session.engine, [llm._session._sequence])
+    audit(llm._session.engine, [])
 
 
 def test_answers_come_as_they_end(llm: LLM) -> None:
@@ -77,7 +79,44 @@ def test_what_cannot_be_asked_is_an_error_of_its_own(llm: LLM) -> None:
         assert answer_of(outcomes[i]) == answer_of(llm.generate(prompts[i], **SAMPLED))
 
 
-@pytest.mark.parametrize("n_parallel", [0, 65, 1.5, "8"])
+@pytest.mark.parametrize(
+    "item",
+    [
+        5, None, 1.5, BatchItem("x", {"stop": 5}), BatchItem("x", {"stop": True}), BatchItem("x", {"sampling": {}, "temp": "hot"}),
+        BatchItem("x", {"sampling": 5}), BatchItem("x", {"logit_bias": 5}), BatchItem("x", {"max_tokens": "x"}),
+        BatchItem("x", {"draft_max": "x"}), BatchItem("x", {"seed": []}), BatchItem("x", {"top_k": {}}),
+    ],
+)  # fmt: skip
+def test_values_of_any_kind_are_errors_of_their_own(llm: LLM, item: Any) -> None:
+    first, bad, last = llm.batch([ids(3, 1), item, ids(3, 2)], max_tokens=2).in_order()
+    assert isinstance(bad, UsageError) and isinstance(first, Generation) and isinstance(last, Generation)
+
+
+def test_a_batch_of_nothing_that_runs_can_be_stopped(llm: LLM) -> None:
+    batch = llm.batch(itertools.repeat([]))
+    assert isinstance(next(batch)[1], UsageError)
+    began = time.monotonic()
+    batch.close()
+    assert time.monotonic() - began < 2
+    with pytest.raises(UsageError, match="put a single one into a list"):
+        llm.batch("abc")
+
+
+def test_prompts_that_use_the_model_are_refused(llm: LLM) -> None:
+    """They would wait for the batch that waits for them."""
+    with pytest.raises(UsageError, match="must not come from the LLM itself"):
+        list(llm.batch((llm.generate("q", max_tokens=1).token_ids for _ in range(1)), max_tokens=1))
+    assert llm.generate(ids(5, 1), **SAMPLED).token_ids
+
+
+def test_a_batch_has_the_memory_of_the_conversation_before(llm: LLM) -> None:
+    with LLM(llm.path, n_ctx=256) as small:
+        small._session.engine.pool.max_pages = 5
+        small.generate(ids(250, 1), max_tokens=1)
+        assert answer_of(*small.batch([ids(250, 2)], max_tokens=6, ignore_eos=True).in_order())
+
+
+@pytest.mark.parametrize("n_parallel", [0, 65, 1.5, "8", True])
 def test_how_many_at_a_time(llm: LLM, n_parallel: Any) -> None:
     with pytest.raises(UsageError, match="n_parallel is .*, expected a number from 1 to 64"):
         llm.batch([[1]], n_parallel=n_parallel)

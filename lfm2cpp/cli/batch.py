@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,9 +40,9 @@ def batch(prompts: str, answers: str | None, n_parallel: int, **options: Any) ->
     {"custom_id": "a", "body": {"messages": [...], "max_tokens": 100}}
     {"custom_id": "b", "prompt": "Once upon a time", "temperature": 0}
 
-    Answers are added to ANSWERS, or printed, as they come. What the file has already is not asked for again: after a
-    Ctrl-C or a crash the same command goes on. Options of a line come before those given here. A prompt that fails has
-    its error as its answer; the exit code is 1 then.
+    Answers are added to ANSWERS, or printed, as they come. What the file has already, errors too, is not asked for
+    again: after a Ctrl-C or a crash the same command goes on. Options of a line come before those given here. A prompt
+    that fails has its error as its answer; the exit code is 1 then.
     """
     from lfm2cpp.batch_file import AnswerFile, read_records
 
@@ -52,7 +51,7 @@ def batch(prompts: str, answers: str | None, n_parallel: int, **options: Any) ->
         file = None if answers is None else stack.enter_context(AnswerFile(Path(answers), [prompts]))
         write = AnswerOutput().write if file is None else file.add
         new, n_twice = _new(records, set() if file is None else file.done)
-        n_failed = n_twice + (0 if file is None else file.n_failed)
+        n_failed = n_twice + (0 if file is None else len(file.failed & {record.custom_id for record in records}))
         if len(new) + n_twice < len(records):
             note(f"{len(records) - len(new) - n_twice} of {len(records)} prompts are answered in {answers}")
         if new:
@@ -108,7 +107,3 @@ def _answer(
                 write(answer_line(record.custom_id, outcome, body))
                 bar.update(1)
                 yield body is None
-
-
-if sys.platform == "win32":  # JSON of any text, whatever the console's encoding
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
