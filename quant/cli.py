@@ -20,7 +20,10 @@ TYPES = "\n".join(f"  {recipe.name:6} {recipe.summary}" for recipe in RECIPES.va
 
 
 # Unknown options reach parse_arguments, which takes -1 for a bad number of threads.
-@click.command(epilog=f"\b\nTypes:\n{TYPES}", context_settings={"ignore_unknown_options": True})
+@click.command(
+    epilog=f"\b\nTypes:\n{TYPES}",
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+)
 @click.argument("arguments", nargs=-1, metavar="IN.gguf [OUT.gguf] TYPE [NTHREADS]")
 @click.option(
     "--imatrix", metavar="FILE", type=click.Path(), help="Weigh errors by an importance matrix (lfm2cpp imatrix)."
@@ -65,6 +68,8 @@ def parse_arguments(arguments: tuple[str, ...]) -> tuple[Path, Path, Recipe, int
             _misused(f"no such option: {text} (write a file of that name as ./{text})")
     if len(rest) < 2:
         _misused("TYPE is missing" if rest else "IN.gguf and TYPE are missing")
+    if not Path(rest[0]).name:
+        _misused(f"{rest[0]!r} is no file name")
     src = Path(rest.pop(0))
     dst = None if _is_type(rest[0]) else Path(rest.pop(0))
     if not rest:

@@ -163,6 +163,21 @@ def test_settings(talk: Callable[..., Any]) -> None:
     assert "timings = on" in result.err
 
 
+def test_stops_are_read_as_prompts_are(talk: Callable[..., Any]) -> None:
+    """Of -r and /set alike: escapes that are none stay as they are, and end nothing."""
+    result = talk(r"/set stop \x", r"/set stop \x6c\u12", "/show settings", "hi", arguments=("-n", "4"))
+    assert result.code == 0 and result.out == "Helo\n" and "l\\\\u12" in result.err
+    assert talk("hi", arguments=("-r", r"\x6c")).out == "He\n"
+    assert talk("hi", arguments=("-r", r"\x6c", "-no-e")).out == "Helo!\n"
+
+
+def test_the_first_message_is_a_message(talk: Callable[..., Any]) -> None:
+    """Not a command; and what is wrong with it does not end the chat."""
+    assert talk("hi", arguments=("-p", "/etc/hosts?")).out == "Helo!\nHelo!\n"
+    result = talk("hi", arguments=("-c", "64", "-p", "x" * 500))
+    assert result.out == "Helo!\n" and "prompt" in result.err
+
+
 def test_settings_of_the_command_line(talk: Callable[..., Any]) -> None:
     """Zero is a value: --temp 0 is greedy, --seed 0 a seed. What was not given is not set."""
     zeros = ("--temp", "0", "--min-p", "0", "--repeat-last-n", "0", "--seed", "0")

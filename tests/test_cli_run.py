@@ -152,6 +152,24 @@ def test_verbose_says_more_on_stderr(cli: Cli, models: dict[str, Path]) -> None:
     assert "context 32768" in result.err
 
 
+def test_what_is_typed_comes_before_the_environment(
+    cli: Cli, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_ARG_HF_REPO", "a/b")
+    assert cli("run", "-m", models["hello"], "-p", "hi").out == "Helo!\n"
+    monkeypatch.setenv("LFM2_MODEL", str(tmp_path / "precious.gguf"))
+    (tmp_path / "precious.gguf").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    cli("bench", "--random", "230M,n_layer=1,n_vocab=512,n_embd=64,n_ff=64,n_head=2,n_head_kv=1", "F32", "--force", "-p", 0, "-n", 0)
+    assert (tmp_path / "precious.gguf").read_text() == "precious" and list(tmp_path.glob("LFM2-*.gguf"))
+
+
+def test_one_template_only(cli: Cli, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("chatml")
+    both = ("--chat-template", "chatml", "--chat-template-file", tmp_path / "t")
+    assert cli("run", "-m", models["hello"], "-p", "hi", *both).code == 2
+
+
 @pytest.mark.usefixtures("steady_machine")
 def test_drafts_are_counted(cli: Cli, models: dict[str, Path]) -> None:
     """"abab..." is drafted from itself; the answer is the same without."""

@@ -16,6 +16,8 @@ from lfm2cpp.benchmark.ranges import parse_range
 from lfm2cpp.errors import UsageError
 from lfm2cpp.terminal import Progress, note
 
+from .loading import is_typed
+
 if TYPE_CHECKING:
     from lfm2cpp.benchmark.measure import Result, Setup, Test
 
@@ -147,6 +149,8 @@ def bench(
         raise UsageError("--batched reports as md or jsonl")
     if profile and output not in ("md", "json", "jsonl"):
         raise UsageError("--profile reports as md, json or jsonl")
+    if random and not is_typed("models"):
+        models = ()  # a model that the environment names is no place to write to
     paths = [path for name in models for path in _split_paths(name)]
     if random:
         paths = write_random_models(random, paths, seed, force)

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from .loading import load_llm, stdin_is_tty
-from .options import draft_option, generation_options, model_options, sampling_options
+from .options import as_text, draft_option, generation_options, model_options, sampling_options
 from .output import AnswerOutput
-from .run import _system_text, as_text
+from .run import _system_text
 
 
 @click.command()
@@ -18,7 +18,7 @@ from .run import _system_text, as_text
 @click.option("-sys", "--system-prompt", metavar="TEXT", help="A system message.")
 @click.option("-sysf", "--system-prompt-file", metavar="FILE", help="A file with the system message.")
 @click.option("-e/-no-e", "--escape/--no-escape", default=True,
-              help=r"Read \n, \t, \\ ... in -p and -sys as the characters they stand for, or not. Default: read them.")
+              help=r"Read \n, \t, \\ ... in -p, -sys and -r as the characters they stand for, or not. Default: do.")
 @click.option("--no-history", is_flag=True, help="Keep no history of what is typed.")
 @click.option("--simple-io", is_flag=True, help="Plain lines instead of an editor.")
 @click.option("--show-timings/--no-show-timings", default=None, help="Speed after each answer. Default: on a terminal.")
@@ -39,7 +39,7 @@ def chat(ignored: bool, **options: Any) -> int:
     history, simple, timings = (options.pop(name) for name in ("no_history", "simple_io", "show_timings"))
     for name in ("system_prompt", "system_prompt_file"):
         del options[name]
-    settings = generation_options(options)
+    settings = generation_options(options, escape=escape)
     output = AnswerOutput()
     with load_llm(options) as llm:
         source = open_input([*COMMANDS, *ALIASES], history=not history, simple=simple)

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from lfm2cpp.errors import LFM2Error, UsageError
 from lfm2cpp.terminal import Progress, note
 
@@ -22,6 +24,8 @@ MAX_TEXT_FILE = 8 << 20  # bytes of a prompt or template read from a file
 def model_path(options: dict[str, Any]) -> Path:
     """The GGUF that -m or -hf name, downloaded if need be; takes its options out of `options`."""
     model, repo, name, offline = (options.pop(option) for option in FILE_OPTIONS)
+    if model is not None and repo is not None:  # what was typed comes before what the environment says
+        model, repo = (value if is_typed(option) else None for value, option in ((model, "model"), (repo, "hf_repo")))
     if (model is None) == (repo is None):
         raise UsageError("give one model: -m FILE, or -hf USER/REPO[:QUANT]")
     if model is not None:
@@ -34,6 +38,12 @@ def model_path(options: dict[str, Any]) -> Path:
     return download(hub_id[0], name, quant=hub_id[1], offline=offline)
 
 
+def is_typed(option: str) -> bool:
+    """Whether an option of the command that runs was given on its command line, and not by the environment."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 def load_llm(options: dict[str, Any]) -> LLM:
     """The model that `options` describe; takes the model options out of it."""
     from lfm2cpp.llm import LLM
@@ -44,6 +54,8 @@ def load_llm(options: dict[str, Any]) -> LLM:
     if n_ctx < 0:
         raise UsageError(f"--ctx-size is {n_ctx}, expected a number of tokens, or 0 for the model's own")
     template, template_file = options.pop("chat_template"), options.pop("chat_template_file")
+    if template is not None and template_file is not None:
+        raise UsageError("give --chat-template or --chat-template-file, not both")
     if template_file is not None:
         template = read_text(template_file, "--chat-template-file")
     with CompileProgress() as progress:

@@ -17,6 +17,7 @@ from lfm2cpp.lookup import DRAFT_MAX
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 SAMPLING_HELP = "Default: what the model recommends."
 
 
@@ -102,7 +103,15 @@ def parse_logit_bias(entries: tuple[str, ...]) -> dict[int, float] | None:
     return bias or None
 
 
-def generation_options(options: dict[str, Any]) -> dict[str, Any]:
+def as_text(argument: str, escape: bool) -> str:
+    """A command-line argument as text: undecodable bytes become U+FFFD, backslash escapes characters."""
+    text = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if not escape:
+        return text
+    return re.sub(r"\\(x[0-9A-Fa-f]{2}|[nrt'\"\\])", lambda m: _ESCAPES.get(m[1]) or chr(int(m[1][1:], 16)), text)
+
+
+def generation_options(options: dict[str, Any], *, escape: bool = True) -> dict[str, Any]:
     """The sampling options that a command line gave, taken out of `options`, as LLM.stream wants them."""
     from lfm2cpp.sampling import SamplingParams
 
@@ -110,6 +119,6 @@ def generation_options(options: dict[str, Any]) -> dict[str, Any]:
     taken["logit_bias"] = parse_logit_bias(taken["logit_bias"])
     taken["max_tokens"] = options.pop("n_predict")
     taken["draft_max"] = options.pop("draft_max", None)
-    taken["stop"] = options.pop("stop") or None
+    taken["stop"] = tuple(as_text(text, escape) for text in options.pop("stop")) or None
     taken["ignore_eos"] = options.pop("ignore_eos") or None
     return {name: value for name, value in taken.items() if value is not None}

@@ -6,6 +6,7 @@ Commands are in repl_commands.py, the ways to type in repl_input.py.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,7 +60,7 @@ class Repl:
         """Talk until the input ends; returns the exit code."""
         try:
             if first is not None:
-                self.handle(first)
+                self._try(lambda: self.ask(first))
             while True:
                 self._turn()
         except Leave as leave:
@@ -73,8 +74,12 @@ class Repl:
         except KeyboardInterrupt:
             self._interrupt_at_prompt()
             return
+        self._try(lambda: self.handle(text))
+
+    def _try(self, turn: Callable[[], None]) -> None:
+        """A turn; what goes wrong in it does not end the chat."""
         try:
-            self.handle(text)
+            turn()
         except LFM2Error as error:
             self.say(f"error: {error}")
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from lfm2cpp.files import atomic_output
 from lfm2cpp.sampling import SamplingParams
 
 from .loading import read_text
-from .options import parse_logit_bias
+from .options import as_text, parse_logit_bias
 
 if TYPE_CHECKING:
     from .repl import Repl
@@ -207,7 +207,7 @@ def _setting(name: str, value: str) -> Any:
     if name == "logit_bias":
         return parse_logit_bias(tuple(value.split()))
     if name == "stop":
-        return (value.encode().decode("unicode_escape") if value.isascii() else value,)
+        return (as_text(value, True),)
     if name == "ignore_eos":
         return _switch(value)
     kinds = {field.name: float if "float" in str(field.type) else int for field in fields(SamplingParams)}

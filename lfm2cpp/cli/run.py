@@ -15,7 +15,7 @@ from lfm2cpp.signals import first_interrupt_calls
 from lfm2cpp.terminal import format_size
 
 from .loading import load_llm, read_stdin, read_text, stdin_is_tty, without_last_newline
-from .options import draft_option, generation_options, model_options, sampling_options
+from .options import as_text, draft_option, generation_options, model_options, sampling_options
 from .output import AnswerOutput, StatusLine, dimmed
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lfm2cpp.worker import Stream
 
 NO_PROMPT = "no prompt: give -p TEXT, -f FILE or piped text (for a conversation: lfm2cpp chat)"
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 
 
 @click.command()
@@ -40,7 +39,7 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 @click.option("--prompt-ids", metavar="1,2,3", help="Token ids instead of text, evaluated as they are.")
 @click.option("-sp", "--special", is_flag=True, help="Show special tokens in the answer.")
 @click.option("-e/-no-e", "--escape/--no-escape", default=True,
-              help=r"Read \n, \t, \\ ... in -p and -sys as the characters they stand for, or not. Default: read them.")
+              help=r"Read \n, \t, \\ ... in -p, -sys and -r as the characters they stand for, or not. Default: do.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with ids, text, timings and finish reason.")
 @click.option("-cnv", "-st", "--conversation", "--single-turn", "--no-display-prompt", "ignored", is_flag=True,
               hidden=True, help="What this command does anyway; accepted for old scripts.")
@@ -56,7 +55,7 @@ def run(as_json: bool, ignored: bool, **options: Any) -> int:
     prompt = ids if ids is not None else _prompt_text(options, escape)
     system = _system_text(options, escape)
     _drop_prompt_options(options, ids is not None)
-    generation = {**generation_options(options), "show_special": options.pop("special")}
+    generation = {**generation_options(options, escape=escape), "show_special": options.pop("special")}
     verbose = options["verbose"]
     output = AnswerOutput()
     with load_llm(options) as llm:
@@ -207,14 +206,6 @@ def _system_text(options: dict[str, Any], escape: bool) -> str | None:
     if path is not None:
         return without_last_newline(read_text(path, "--system-prompt-file"))
     return None if text is None else as_text(text, escape)
-
-
-def as_text(argument: str, escape: bool) -> str:
-    """A command-line argument as text: undecodable bytes become U+FFFD, backslash escapes characters."""
-    text = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    if not escape:
-        return text
-    return re.sub(r"\\(x[0-9A-Fa-f]{2}|[nrt'\"\\])", lambda m: _ESCAPES.get(m[1]) or chr(int(m[1][1:], 16)), text)
 
 
 def _drop_prompt_options(options: dict[str, Any], has_ids: bool) -> None:
