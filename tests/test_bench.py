@@ -23,6 +23,7 @@ from lfm2cpp.benchmark.random_model import write_random_model
 from lfm2cpp.benchmark.ranges import parse_range
 from lfm2cpp.benchmark.shapes import find_shape
 from lfm2cpp.cli.bench import bench
+from lfm2cpp.errors import UsageError
 
 TINY = "350M,n_embd=256,n_layer=3,attention=1,n_ff=512,n_vocab=1024,n_ctx_train=512"
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,6 +236,14 @@ def test_more_sequences_than_the_pool_was_made_for(model: Path) -> None:
 def test_bad_usage(model: Path, args: list[object]) -> None:
     result = run("-m", model, *args)
     assert result.exit_code == 2 and result.stdout == ""
+
+
+@pytest.mark.parametrize("args", [
+    ["-npl", 3], ["-pps"], ["--seed", 5], ["--force"], ["-pg", "8,8", "--profile"], ["-pg", "8,8", "--batched"],
+])  # fmt: skip
+def test_options_that_would_do_nothing(model: Path, args: list[object]) -> None:
+    result = run("-m", model, *args)
+    assert isinstance(result.exception, UsageError) and str(args[0]) in str(result.exception) and result.stdout == ""
 
 
 @pytest.mark.parametrize(("args", "message"), [

@@ -78,3 +78,6 @@ def test_command(monkeypatch, capfd, tmp_path):
     assert first and second and first[1] == second[1] and [done.code for done in found] == [0, 0]
     assert cli("perplexity", "-m", path, "-f", text, "-c", 4096).code == 1
     assert cli("perplexity", "-m", path).code == 2
+    monkeypatch.setenv("LFM2_THREADS", "0")
+    assert cli("perplexity", "-m", path, "-f", text).code == 2
+    assert cli("perplexity", "-m", path, "-f", text, "-c", 32, "--chunks", 2, "-t", 1).code == 0

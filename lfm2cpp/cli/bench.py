@@ -143,8 +143,7 @@ def bench(
     """
     from lfm2cpp.threads import default_threads
 
-    if batched and profile:
-        raise UsageError("give --batched or --profile, not both")
+    _check_modes(batched, profile, bool(random))
     if batched and output not in ("md", "jsonl"):
         raise UsageError("--batched reports as md or jsonl")
     if profile and output not in ("md", "json", "jsonl"):
@@ -171,6 +170,20 @@ def bench(
         lines = speed_lines(sweep, output, warmup=not no_warmup)
     for line in lines:
         click.echo(line)
+
+
+def _check_modes(batched: bool, profile: bool, random: bool) -> None:
+    """UsageError for options that another one makes no use of."""
+    if batched and profile:
+        raise UsageError("give --batched or --profile, not both")
+    for option, name, mode, is_on in (
+        ("parallel", "-npl", "--batched", batched), ("prompt_shared", "-pps", "--batched", batched),
+        ("seed", "--seed", "--random", random), ("force", "--force", "--random", random),
+    ):  # fmt: skip
+        if is_typed(option) and not is_on:
+            raise UsageError(f"{name} needs {mode}")
+    if is_typed("pairs") and (batched or profile):
+        raise UsageError("-pg is measured without --batched and --profile")
 
 
 def _split_paths(text: str) -> list[Path]:

@@ -13,7 +13,7 @@ import click
 from lfm2cpp.errors import UsageError
 
 from .loading import CompileProgress, read_text, thread_count, without_last_newline
-from .options import F, decorate, file_options
+from .options import F, decorate, env_names, file_options
 
 if TYPE_CHECKING:
     from lfm2cpp.engine.engine import Engine
@@ -30,7 +30,8 @@ def corpus_options(function: F) -> F:
                      help="Tokens of a chunk, which the model reads from the beginning."),
         click.option("--chunks", type=click.IntRange(-1), default=-1, metavar="N",
                      help="Chunks at most; -1: the whole text."),
-        click.option("-t", "--threads", type=int, default=-1, metavar="N", help="CPU threads; -1: one a core."),
+        click.option("-t", "--threads", type=int, default=-1, metavar="N", envvar=env_names("THREADS"),
+                     help="CPU threads; -1: one a core.  [default: -1]"),
         click.option("--parse-special", is_flag=True, help="Markers such as <|im_start|> become their tokens."),
     ])  # fmt: skip
 

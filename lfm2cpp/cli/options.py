@@ -21,7 +21,8 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 SAMPLING_HELP = "Default: what the model recommends."
 
 
-def _env(name: str) -> list[str]:
+def env_names(name: str) -> list[str]:
+    """The environment variables of an option."""
     return [f"LFM2_{name}", f"LLAMA_ARG_{name}"]
 
 
@@ -34,10 +35,11 @@ def decorate(function: F, options: list[Callable[[F], F]]) -> F:
 def file_options(function: F) -> F:
     """-m, -hf: which file."""
     return decorate(function, [
-        click.option("-m", "--model", metavar="FILE", envvar=_env("MODEL"), help="GGUF file."),
-        click.option("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", envvar=_env("HF_REPO"),
+        click.option("-m", "--model", metavar="FILE", envvar=env_names("MODEL"), help="GGUF file."),
+        click.option("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", envvar=env_names("HF_REPO"),
                      help="A GGUF of the Hugging Face hub instead; downloaded once."),
-        click.option("-hff", "--hf-file", metavar="NAME", envvar=_env("HF_FILE"), help="Which file of the repository."),
+        click.option("-hff", "--hf-file", metavar="NAME", envvar=env_names("HF_FILE"),
+                     help="Which file of the repository."),
         click.option("--offline", is_flag=True, help="Use what was downloaded before; touch no network."),
     ])  # fmt: skip
 
@@ -46,9 +48,9 @@ def model_options(function: F) -> F:
     """Which file, and how to run it."""
     return decorate(function, [
         file_options,
-        click.option("-c", "--ctx-size", type=int, default=0, metavar="N", envvar=_env("CTX_SIZE"),
+        click.option("-c", "--ctx-size", type=int, default=0, metavar="N", envvar=env_names("CTX_SIZE"),
                      help="Tokens of context; 0: what the model was made for, at most 32768.", show_default=True),
-        click.option("-t", "--threads", type=int, default=-1, metavar="N", envvar=_env("THREADS"),
+        click.option("-t", "--threads", type=int, default=-1, metavar="N", envvar=env_names("THREADS"),
                      help="CPU threads; -1: one a core.", show_default=True),
         click.option("-ctk", "--cache-type-k", type=str, metavar="TYPE", help="KV cache: f16 (default), f32 or q8_0."),
         click.option("-ctv", "--cache-type-v", type=str, metavar="TYPE", help="The same: K and V are of one type."),
