@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import ContextError, LFM2Error, UsageError
 from .lookup import DRAFT_MAX, PromptLookup
-from .sampling import NothingAllowed, Sampler, SamplingParams
+from .sampling import NothingAllowed, Sampler, SamplingParams, in_range
 from .text.detokenize import Detokenizer, StopStrings
 from .text.vocab import Vocab
 
@@ -126,11 +126,10 @@ class Request:
 
     def __post_init__(self) -> None:
         n = self.max_tokens
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or not -1 <= n < 2**31):
+        if n is not None and not in_range(n, int, -1, 2**31 - 1):
             raise UsageError(f"max_tokens is {ascii(n)[:40]}, expected a whole number (-1: until the end)")
-        most = self.draft_max
-        if not isinstance(most, int) or isinstance(most, bool) or not 0 <= most <= DRAFT_MAX:
-            shown = ascii(most)[:40]
+        if not in_range(self.draft_max, int, 0, DRAFT_MAX):
+            shown = ascii(self.draft_max)[:40]
             raise UsageError(f"draft_max is {shown}, expected a whole number from 0 to {DRAFT_MAX} (0 is off)")
         if not self.prompt_ids:
             raise UsageError("the prompt has no tokens; give at least one")

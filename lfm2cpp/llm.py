@@ -26,7 +26,7 @@ from .errors import UsageError
 from .generate import Event, Generation, Piece, Prefill, Request, Timings
 from .many import MOST_PARALLEL, N_PARALLEL
 from .presets import recommended_sampling
-from .sampling import SamplingParams
+from .sampling import SamplingParams, in_range
 from .worker import Batch, Stream
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class LLM:
         """
         if isinstance(prompts, (str, bytes)):
             raise UsageError("a batch is of several prompts; put a single one into a list, or use generate")
-        if not isinstance(n_parallel, int) or isinstance(n_parallel, bool) or not 1 <= n_parallel <= MOST_PARALLEL:
+        if not in_range(n_parallel, int, 1, MOST_PARALLEL):
             raise UsageError(f"n_parallel is {ascii(n_parallel)[:40]}, expected a number from 1 to {MOST_PARALLEL}")
         self.check_options({name: value for name, value in options.items() if name != "parse_special"})
         session = self._open_session()
@@ -244,7 +244,7 @@ class LLM:
 
     def logits(self, prompt: Prompt, *, every: bool = False) -> NDArray[np.float32]:
         """Logits (n_vocab,) for the token after `prompt`, or (n_tokens, n_vocab) after each of its tokens."""
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
+        ids = self._prompt_ids(prompt, False)
         if not ids:
             raise UsageError("the prompt has no tokens; give at least one")
         session = self._open_session()

@@ -71,13 +71,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in _RANGES and not _in_range(value, *_RANGES[field.name]):
+            if field.name in _RANGES and not in_range(value, *_RANGES[field.name]):
                 kind, low, high = _RANGES[field.name]
                 name = "a whole number" if kind is int else "a number"
                 raise UsageError(f"{field.name} is {_shown(value)}, expected {name} from {low:g} to {high:g}")
         if self.repeat_penalty <= 0:
             raise UsageError(f"repeat_penalty is {self.repeat_penalty!r}, expected more than 0 (1 is off)")
-        if self.seed is not None and not _in_range(self.seed, int, -1, 2**64 - 1):
+        if self.seed is not None and not in_range(self.seed, int, -1, 2**64 - 1):
             raise UsageError(f"seed is {_shown(self.seed)}, expected a whole number from 0 to 2^64-1, or -1 for random")
         self._check_bias()
 
@@ -88,9 +88,9 @@ class SamplingParams:
         if len(bias) > MAX_LOGIT_BIAS:
             raise UsageError(f"logit_bias has {len(bias)} entries, expected at most {MAX_LOGIT_BIAS}")
         for token_id, value in bias.items():
-            if not _in_range(token_id, int, 0, 2**31 - 1):
+            if not in_range(token_id, int, 0, 2**31 - 1):
                 raise UsageError(f"logit_bias names token {_shown(token_id)}, expected an id of the vocabulary")
-            if value != -math.inf and not _in_range(value, float, -1e6, 1e6):
+            if value != -math.inf and not in_range(value, float, -1e6, 1e6):
                 raise UsageError(f"logit_bias of token {token_id} is {_shown(value)}, expected a number or -inf")
 
     @property
@@ -110,7 +110,8 @@ _RANGES: dict[str, tuple[type, float, float]] = {
 }
 
 
-def _in_range(value: Any, kind: type, low: float, high: float) -> bool:
+def in_range(value: Any, kind: type, low: float, high: float) -> bool:
+    """Whether a value of any type is a whole number (kind int) or a number (float) from low to high; True is none."""
     kinds = (int,) if kind is int else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high  # NaN is in no range
 

@@ -9,7 +9,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,47 +91,50 @@ class Session:
 
     def complete(self, request: Request, emit: Callable[[Event], None], stop: threading.Event) -> Generation:
         """Generate after the prompt ids of `request`."""
-        self._running = stop
-        try:
-            if self.worker.closed:
-                stop.set()
+        with self._at_work(stop):
             check_fits(len(request.prompt_ids), self.engine.n_ctx)
             sequence = self._sequence_for(request.prompt_ids)
-            return generate(self.engine, sequence, self.vocab, request, emit=emit, stop=stop)
-        except NonFiniteLogits as error:
-            raise NonFiniteLogits(f"{error}; {self._why_not_finite()}") from error
-        finally:
-            self._running = None
+            try:
+                return generate(self.engine, sequence, self.vocab, request, emit=emit, stop=stop)
+            except NonFiniteLogits as error:
+                raise self._explained(error) from error
 
     def complete_many(
         self, asks: Iterable[Ask], n_parallel: int, emit: Callable[[Any], None], stop: threading.Event
     ) -> None:
         """Emit (number, answer or error) of each request as it ends, n_parallel at a time; ends when stopped."""
-        self._running = stop
         if self._sequence is not None:  # the memory may be needed; what it has read in whole pages stays
             self._sequence.close()
             self._sequence = None
+        with self._at_work(stop):
+            try:
+                for number, outcome in generate_many(self.engine, self.vocab, asks, n_parallel=n_parallel, stop=stop):
+                    emit((number, self._explained(outcome) if isinstance(outcome, NonFiniteLogits) else outcome))
+            except KeyboardInterrupt:
+                if not stop.is_set():
+                    raise
+                if self.worker.closed:
+                    raise UsageError("this LLM was closed while it generated") from None
+
+    @contextmanager
+    def _at_work(self, stop: threading.Event) -> Iterator[None]:
+        """While a job runs that `stop` ends: closing sets it, and has perhaps been asked for already."""
+        self._running = stop
         try:
             if self.worker.closed:
                 stop.set()
-            for number, outcome in generate_many(self.engine, self.vocab, asks, n_parallel=n_parallel, stop=stop):
-                if isinstance(outcome, NonFiniteLogits):
-                    outcome = NonFiniteLogits(f"{outcome}; {self._why_not_finite()}")
-                emit((number, outcome))
-        except KeyboardInterrupt:
-            if not stop.is_set():
-                raise
-            if self.worker.closed:
-                raise UsageError("this LLM was closed while it generated") from None
+            yield
         finally:
             self._running = None
 
-    def _why_not_finite(self) -> str:
-        """What to say after "non-finite logits": the first weight that is to blame, which names its layer."""
+    def _explained(self, error: NonFiniteLogits) -> NonFiniteLogits:
+        """The error with the first weight that is to blame, which names its layer."""
         found = next(find_non_finite(self.engine.gguf), None)
         if found is None:
-            return f"{self.engine.path}: no weight is NaN or Inf, so a sum overflowed; try a file of another type"
-        return f"{self.engine.path}: {found}; the file is damaged, make or download it anew"
+            why = "no weight is NaN or Inf, so a sum overflowed; try a file of another type"
+        else:
+            why = f"{found}; the file is damaged, make or download it anew"
+        return NonFiniteLogits(f"{error}; {self.engine.path}: {why}")
 
     def rendered_ids(self, rendered: Rendered) -> tuple[int, ...]:
         """The token ids of a conversation."""

@@ -14,6 +14,7 @@ from .errors import LFM2Error, UsageError
 from .generate import Event, Generation, Outcome
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Events[Any]")
 Job = Callable[[], None]
 POLL_SECONDS = 0.25  # where a blocked wait cannot be interrupted (Windows), Ctrl-C is noticed this late
 
@@ -149,6 +150,9 @@ class Events(Iterator[T], Generic[T]):
             with suppress(LFM2Error, StopIteration):
                 next(self)
 
+    def __enter__(self: S) -> S:
+        return self
+
     def __exit__(self, *exc: object) -> None:
         self.close()
 
@@ -166,9 +170,6 @@ class Stream(Events[Event]):
 
     def _last(self, outcome: Generation) -> Event:
         return outcome
-
-    def __enter__(self) -> Stream:
-        return self
 
     def result(self) -> Generation:
         """The whole answer; waits for it. A KeyboardInterrupt here ends the generation before it is passed on."""
@@ -192,11 +193,8 @@ class Batch(Events[tuple[int, Outcome]]):
     A prompt that fails has its error as its answer. A batch that was stopped gives what had ended until then.
     """
 
-    def __enter__(self) -> Batch:
-        return self
-
     def in_order(self) -> Iterator[Outcome]:
-        """The answers, the first prompt's first."""
+        """The answers, the first prompt's first; of a batch that was stopped, those before one that is missing."""
         ended: dict[int, Outcome] = {}
         due = 0
         for number, outcome in self:

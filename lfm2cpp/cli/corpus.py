@@ -31,7 +31,7 @@ def corpus_options(function: F) -> F:
         click.option("--chunks", type=click.IntRange(-1), default=-1, metavar="N",
                      help="Chunks at most; -1: the whole text."),
         click.option("-t", "--threads", type=int, default=-1, metavar="N", envvar=env_names("THREADS"),
-                     help="CPU threads; -1: one a core.  [default: -1]"),
+                     help="CPU threads; -1: one a core.", show_default=True),
         click.option("--parse-special", is_flag=True, help="Markers such as <|im_start|> become their tokens."),
     ])  # fmt: skip
 
